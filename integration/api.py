@@ -1,0 +1,232 @@
+"""The public functions: make metadata, say how it is laid out, take it apart."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from . import native
+from .arguments import LengthTensors, make_problem, output_tensor
+from .detect import detect_build
+from .triton_kernels.builds import FA3Rules, rules_for
+from .triton_kernels.layout import MetadataLayout
+from .triton_kernels.plan import LaunchPlan, make_plan
+from .triton_kernels.problem import Problem
+from .triton_kernels.reference import Lengths, reference_metadata
+
+BACKENDS = ("auto", "triton", "reference", "native")
+POLICIES = ("fa3",)
+
+
+def get_scheduler_metadata(
+    batch_size: int,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    num_heads: int,
+    num_heads_k: int,
+    headdim: int,
+    cache_seqlens: torch.Tensor,
+    qkv_dtype: torch.dtype = torch.bfloat16,
+    headdim_v: int | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    cu_seqlens_k_new: torch.Tensor | None = None,
+    seqused_q: torch.Tensor | None = None,
+    leftpad_k: torch.Tensor | None = None,
+    page_size: int | None = None,
+    max_seqlen_k_new: int = 0,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    attention_chunk: int = 0,
+    has_softcap: bool = False,
+    num_splits: int = 0,
+    pack_gqa: bool | None = None,
+    sm_margin: int = 0,
+    *,
+    build: str | None = None,
+    out: torch.Tensor | None = None,
+    policy: str = "fa3",
+    backend: str = "auto",
+    arch: int | None = None,
+    num_sms: int | None = None,
+) -> torch.Tensor:
+    """FA3's scheduler metadata of a batch: make it once a step, pass it to every layer as `scheduler_metadata`.
+
+    Mirrors `mha_fwd_get_scheduler_metadata` (hopper/flash_api.cpp of FlashAttention), bit for bit. One launch;
+    nothing is read back, and with `out` nothing is allocated, so it can be captured into a CUDA graph.
+    The forward recomputes part of this from its own arguments: give it the same mask, head counts, lengths,
+    `sm_margin`, and the `num_splits` and `pack_gqa` given here. Its max_seqlen_k is the width of its page table
+    in tokens (`page_table.shape[1] * page_size`), or the length of an unpaged cache.
+
+    Lengths are 1-D tensors on one device, int32 or int64, of any stride (read in place, never copied). Lengths
+    below zero count as zero. b is `batch_size`, which may be 0.
+
+    Args:
+        batch_size: number of sequences.
+        max_seqlen_q: query tokens of the longest sequence.
+        max_seqlen_k: tokens that fit in the cache of one sequence, as the forward sees it.
+        num_heads: q heads; a multiple of `num_heads_k`.
+        num_heads_k: KV heads.
+        headdim: head dim of q and k, at most 256.
+        cache_seqlens: [b] tokens in the KV cache of each sequence.
+        qkv_dtype: torch.float16, bfloat16 or float8_e4m3fn.
+        headdim_v: head dim of v, at most 512; None means `headdim`.
+        cu_seqlens_q: [b + 1] running sum of query tokens, for ragged queries.
+        cu_seqlens_k: [b + 1] accepted and never read, as in FA3: `cache_seqlens` wins.
+        cu_seqlens_k_new: [b + 1] running sum of appended keys.
+        seqused_q: [b] query tokens in use; wins over `cu_seqlens_q`.
+        leftpad_k: [b] unused tokens at the start of each cache.
+        page_size: tokens of a KV page; None: not paged.
+        max_seqlen_k_new: keys appended to every sequence, or the most of any with `cu_seqlens_k_new`.
+        causal: causal mask, aligned to the last query and key.
+        window_size: (left, right) tokens visible around a query, both ends inclusive; -1: unlimited.
+        attention_chunk: chunk length in tokens; 0: off. vLLM's build has none.
+        has_softcap: whether the forward caps scores.
+        num_splits: upper bound on the KV splits of a sequence, at most 256; 0: FA3's heuristic.
+        pack_gqa: whether q heads of a KV head share tiles; None: FA3's heuristic.
+        sm_margin: SMs left to other kernels.
+        build: the FA3 build that will consume the tensor, such as "sglang-kernel-0.4.2"; None: see `detect_build`.
+        out: int32 tensor to write to, contiguous, 1-D, at least the layout's size; None: a new tensor.
+        policy: "fa3": the build's own schedule.
+        backend: "triton" (the kernel; CPU tensors need TRITON_INTERPRET=1), "reference" (NumPy, on the host:
+            synchronises with CUDA tensors), "native" (the installed build's op), or "auto" (CUDA: the kernel; CPU:
+            the reference).
+        arch: compute capability as 10 * major + minor: 80, 86, 89 or 90. None: that of the device, 90 on CPU.
+        num_sms: SMs of the device. None: those of the device, 132 on CPU.
+
+    Returns:
+        int32 tensor on the device of `cache_seqlens`, laid out as `metadata_layout(...)` says: `out`, or its
+        first elements where it is larger. The padding after each row is unspecified.
+
+    Raises:
+        TypeError, ValueError: for an argument that does not fit, by name, before anything is launched.
+        RuntimeError: where the backend cannot run here.
+    """
+    arguments = locals()
+    if policy not in POLICIES:
+        raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    tensors, problem = _read_call(arguments)
+    build, rules = resolve_build(build)
+    plan = make_plan(problem, rules)
+    out = output_tensor(out, plan.layout, cache_seqlens.device)
+    if backend == "native":
+        native.native_metadata(build, problem, plan, tensors, out)
+    elif backend == "reference" or (backend == "auto" and out.device.type == "cpu"):
+        out.copy_(_reference(problem, plan, tensors))
+    else:
+        _launch(problem, plan, tensors, out)
+    return out
+
+
+def metadata_layout(
+    batch_size: int,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    num_heads: int,
+    num_heads_k: int,
+    headdim: int,
+    cache_seqlens: torch.Tensor | None = None,
+    qkv_dtype: torch.dtype = torch.bfloat16,
+    headdim_v: int | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    cu_seqlens_k_new: torch.Tensor | None = None,
+    seqused_q: torch.Tensor | None = None,
+    leftpad_k: torch.Tensor | None = None,
+    page_size: int | None = None,
+    max_seqlen_k_new: int = 0,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    attention_chunk: int = 0,
+    has_softcap: bool = False,
+    num_splits: int = 0,
+    pack_gqa: bool | None = None,
+    sm_margin: int = 0,
+    *,
+    build: str | None = None,
+    arch: int | None = None,
+    num_sms: int | None = None,
+) -> MetadataLayout:
+    """Length and rows of the tensor that `get_scheduler_metadata` makes for the same arguments.
+
+    Launches nothing and reads no lengths: `cache_seqlens` may be left out, and then the device is taken to be an
+    H100 SXM or H200 unless `arch` and `num_sms` say otherwise. Of the other tensors only their presence counts.
+    Raises what `get_scheduler_metadata` raises.
+    """
+    _, problem = _read_call(locals())
+    return make_plan(problem, resolve_build(build)[1]).layout
+
+
+def unpack_metadata(tensor: torch.Tensor, layout: MetadataLayout) -> dict[str, torch.Tensor]:
+    """The rows of a metadata tensor by name: [b] int32 views, indexed as `MetadataLayout` says.
+
+    Raises `TypeError` or `ValueError` for a tensor that this layout does not describe.
+    """
+    if not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.int32:
+        raise TypeError(f"tensor must be an int32 tensor, got {getattr(tensor, 'dtype', type(tensor).__name__)}")
+    if tensor.shape != (layout.size,):
+        raise ValueError(f"tensor must have shape ({layout.size},) for this layout, got {tuple(tensor.shape)}")
+    return {name: tensor[row] for name, row in layout.rows.items()}
+
+
+def resolve_build(build: str | None) -> tuple[str, FA3Rules]:
+    """(name, rules) of a build; None means the detected one."""
+    name = detect_build().build if build is None else build
+    return name, _rules_for(name)
+
+
+_rules_for = lru_cache(maxsize=64)(rules_for)
+
+
+def _read_call(arguments: dict[str, Any]) -> tuple[LengthTensors | None, Problem]:
+    """Tensors and problem of a call from its arguments by name."""
+    tensors = None
+    if arguments["cache_seqlens"] is not None or "out" in arguments:  # required where there is an output
+        tensors = LengthTensors(**{name: arguments[name] for name in _TENSORS})
+    presence = {name: arguments[name.removeprefix("has_")] is not None for name in _PRESENCE}
+    return tensors, make_problem(tensors, **{name: arguments[name] for name in _STATIC}, **presence)
+
+
+_TENSORS = tuple(field.name for field in fields(LengthTensors))
+_PRESENCE = ("has_cu_seqlens_q", "has_seqused_q", "has_leftpad_k")
+_STATIC = tuple(field.name for field in fields(Problem) if field.name not in _PRESENCE)
+
+
+def _reference(problem: Problem, plan: LaunchPlan, tensors: LengthTensors) -> torch.Tensor:
+    arrays = {
+        name: None if tensor is None else tensor.detach().cpu().numpy()
+        for name in _TENSORS
+        if name != "cu_seqlens_k"
+        for tensor in (getattr(tensors, name),)
+    }
+    return torch.from_numpy(reference_metadata(problem, plan, Lengths(**arrays)))
+
+
+def _launch(problem: Problem, plan: LaunchPlan, tensors: LengthTensors, out: torch.Tensor) -> None:
+    try:
+        from .triton_kernels import kernel
+    except ImportError as error:
+        raise RuntimeError(f'backend="triton" needs Triton, which does not import here: {error}') from error
+    if out.device.type == "cpu" and not kernel.INTERPRETED:
+        raise RuntimeError(
+            'backend="triton" runs on CPU tensors only in Triton\'s interpreter: set TRITON_INTERPRET=1 before '
+            'triton is imported, or use backend="reference"'
+        )
+    launch = kernel.triton_metadata
+    lengths = (
+        tensors.cache_seqlens,
+        tensors.cu_seqlens_q,
+        tensors.seqused_q,
+        tensors.cu_seqlens_k_new,
+        tensors.leftpad_k,
+    )
+    if out.device.type == "cuda" and out.device.index != torch.cuda.current_device():
+        with torch.cuda.device(out.device):
+            launch(problem, plan, *lengths, out)
+    else:
+        launch(problem, plan, *lengths, out)

@@ -1,0 +1,108 @@
+"""From a call's arguments to a checked problem and its tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from functools import lru_cache
+
+import torch
+
+from .triton_kernels.layout import MetadataLayout
+from .triton_kernels.problem import Problem, checked_int
+
+_DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float8_e4m3fn: "float8_e4m3fn"}
+DEFAULT_ARCH, DEFAULT_NUM_SMS = 90, 132  # H100 SXM, H200
+
+
+@dataclass(frozen=True, eq=False)
+class LengthTensors:
+    """The tensors of a call: 1-D, int32 or int64, any stride, one device. b values, or b + 1 for `cu_...`."""
+
+    cache_seqlens: torch.Tensor
+    cu_seqlens_q: torch.Tensor | None = None
+    cu_seqlens_k: torch.Tensor | None = None  # accepted as FA3 does, which never reads it: cache_seqlens wins
+    cu_seqlens_k_new: torch.Tensor | None = None
+    seqused_q: torch.Tensor | None = None
+    leftpad_k: torch.Tensor | None = None
+
+    def check(self, batch_size: int) -> None:
+        """Raise `TypeError` or `ValueError` for the first tensor that does not fit a batch of this size."""
+        for field in fields(self):
+            tensor = getattr(self, field.name)
+            if tensor is None and field.name != "cache_seqlens":
+                continue
+            if not isinstance(tensor, torch.Tensor):
+                raise TypeError(f"{field.name} must be a tensor, got {type(tensor).__name__}")
+            if tensor.dtype not in (torch.int32, torch.int64):
+                raise TypeError(f"{field.name} must have dtype int32 or int64, got {tensor.dtype}")
+            length = batch_size + field.name.startswith("cu_")
+            if tensor.shape != (length,):
+                raise ValueError(f"{field.name} must have shape ({length},), got {tuple(tensor.shape)}")
+            if tensor.device != self.cache_seqlens.device:
+                raise ValueError(
+                    f"{field.name} must be on {self.cache_seqlens.device} like cache_seqlens, got {tensor.device}"
+                )
+
+
+def dtype_name(qkv_dtype: torch.dtype) -> str:
+    """The name of a dtype that FA3 supports; `TypeError` for another."""
+    if qkv_dtype not in _DTYPES:
+        raise TypeError(f"qkv_dtype must be one of {', '.join(map(str, _DTYPES))}, got {qkv_dtype!r}")
+    return _DTYPES[qkv_dtype]
+
+
+@lru_cache(maxsize=64)
+def _cuda_device_facts(index: int) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(index)
+    return properties.major * 10 + properties.minor, properties.multi_processor_count
+
+
+def device_facts(device: torch.device | None, arch: int | None, num_sms: int | None) -> tuple[int, int]:
+    """(arch, num_sms): as given, else read from a CUDA device, else those of an H100 SXM or H200."""
+    found_arch, found_sms = DEFAULT_ARCH, DEFAULT_NUM_SMS
+    if device is not None and device.type == "cuda":
+        found_arch, found_sms = _cuda_device_facts(
+            torch.cuda.current_device() if device.index is None else device.index
+        )
+    return (found_arch if arch is None else arch), (found_sms if num_sms is None else num_sms)
+
+
+def make_problem(
+    tensors: LengthTensors | None,
+    *,
+    batch_size: int,
+    qkv_dtype: torch.dtype,
+    arch: int | None,
+    num_sms: int | None,
+    **static: object,
+) -> Problem:
+    """The checked problem; `static` are the other fields of `Problem` by name. `tensors` None: only sizes are asked."""
+    batch_size = checked_int("batch_size", batch_size, 0)
+    device = None
+    if tensors is not None:
+        tensors.check(batch_size)
+        device = tensors.cache_seqlens.device
+        if device.type not in ("cpu", "cuda"):
+            raise ValueError(f"cache_seqlens must be on a CUDA or CPU device, got {device}")
+    arch, num_sms = device_facts(device, arch, num_sms)
+    return Problem(
+        batch_size=batch_size, qkv_dtype=dtype_name(qkv_dtype), arch=arch, num_sms=num_sms, **static  # type: ignore[arg-type]
+    )
+
+
+def output_tensor(out: torch.Tensor | None, layout: MetadataLayout, device: torch.device) -> torch.Tensor:
+    """A tensor of `layout.size` elements: the start of `out`, checked, or a new one."""
+    if out is None:
+        return torch.empty(layout.size, dtype=torch.int32, device=device)
+    if not isinstance(out, torch.Tensor):
+        raise TypeError(f"out must be a tensor, got {type(out).__name__}")
+    if out.dtype != torch.int32:
+        raise TypeError(f"out must have dtype int32, got {out.dtype}")
+    if out.device != device:
+        raise ValueError(f"out must be on {device} like cache_seqlens, got {out.device}")
+    if out.dim() != 1 or not out.is_contiguous() or out.numel() < layout.size:
+        raise ValueError(
+            f"out must be a contiguous 1-D tensor of at least {layout.size} elements, "
+            f"got shape {tuple(out.shape)} with strides {out.stride()}"
+        )
+    return out if out.numel() == layout.size else out[: layout.size]

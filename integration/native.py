@@ -1,0 +1,72 @@
+"""`backend="native"`: the installed build's own op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+
+import torch
+
+from .arguments import LengthTensors
+from .detect import installed_version
+from .triton_kernels.builds import PACKAGES, rules_for
+from .triton_kernels.plan import LaunchPlan
+from .triton_kernels.problem import Problem
+
+# Package -> (module whose import registers the op, torch.ops namespace).
+_OPS = {
+    "sgl-kernel": ("sgl_kernel.flash_attn", "sgl_kernel"),
+    "sglang-kernel": ("sgl_kernel.flash_attn", "sgl_kernel"),
+    "vllm": ("vllm.vllm_flash_attn", "_vllm_fa3_C"),
+    "flash-attn-3": ("flash_attn_3._C", "flash_attn_3"),
+}
+
+
+def native_op(build: str) -> Callable[..., torch.Tensor]:
+    """The `get_scheduler_metadata` op of the installed package that `build` names.
+
+    Raises `RuntimeError` where that package is missing, behaves unlike `build`, or has no such op.
+    """
+    package = max((name for name in PACKAGES if build.startswith(f"{name}-")), key=len)
+    version = installed_version(package)
+    if version is None:
+        raise RuntimeError(f'backend="native" needs {package}, which is not installed (build is {build!r})')
+    if rules_for(f"{package}-{version}") is not rules_for(build):
+        raise RuntimeError(f'backend="native": build is {build!r}, but {package} {version} is installed')
+    module, namespace = _OPS[package]
+    try:
+        import_module(module)
+        return getattr(torch.ops, namespace).get_scheduler_metadata.default
+    except (ImportError, OSError) as error:
+        raise RuntimeError(f'backend="native": {package} {version} does not load: {error}') from error
+    except AttributeError:
+        raise RuntimeError(
+            f'backend="native": {package} {version} cannot make scheduler metadata; use backend="triton"'
+        ) from None
+
+
+def native_metadata(build: str, problem: Problem, plan: LaunchPlan, tensors: LengthTensors, out: torch.Tensor) -> None:
+    """Write the installed op's metadata into `out`; lengths are converted to contiguous int32 first."""
+    if out.device.type != "cuda":
+        raise RuntimeError(f'backend="native" needs CUDA tensors, got cache_seqlens on {out.device}')
+    p = problem
+    own = torch.cuda.get_device_properties(out.device)
+    if (p.arch, p.num_sms) != (own.major * 10 + own.minor, own.multi_processor_count):
+        raise RuntimeError('backend="native" answers for the device of cache_seqlens: leave arch and num_sms out')
+    op = native_op(build)
+    chunk = (p.attention_chunk,) if rules_for(build).has_attention_chunk else ()
+    with torch.cuda.device(out.device):
+        made = op(
+            p.batch_size, p.max_seqlen_q, p.max_seqlen_k, p.num_heads, p.num_heads_k, p.headdim, p.value_headdim,
+            getattr(torch, p.qkv_dtype), _int32(tensors.cache_seqlens), _int32(tensors.cu_seqlens_q),
+            _int32(tensors.cu_seqlens_k), _int32(tensors.cu_seqlens_k_new), _int32(tensors.seqused_q),
+            _int32(tensors.leftpad_k), p.page_size, p.max_seqlen_k_new, p.causal, *p.window_size, *chunk,
+            p.has_softcap, p.num_splits, p.pack_gqa, p.sm_margin,
+        )  # fmt: skip
+    if made.shape != (plan.layout.size,):
+        raise RuntimeError(f"the op of {build} made {made.numel()} elements, its rules say {plan.layout.size}")
+    out.copy_(made)
+
+
+def _int32(lengths: torch.Tensor | None) -> torch.Tensor | None:
+    return None if lengths is None else lengths.to(torch.int32).contiguous()

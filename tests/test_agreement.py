@@ -1,0 +1,91 @@
+"""The two implementations against each other, over the whole argument space."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import fa3_metadata
+from fa3_metadata.triton_kernels import kernel
+
+from .cases import Case, boundary_case, random_case
+
+BUILDS = ("sgl-kernel-0.3.21", "sglang-kernel-0.4.2", "vllm-0.33.0")
+ARCHS = {"sgl-kernel-0.3.21": (90, 80, 86, 89), "sglang-kernel-0.4.2": (90, 80, 86, 89), "vllm-0.33.0": (90,)}
+TENSOR_KINDS = [{}, {"dtype": torch.int64}, {"stride": 3}, {"dtype": torch.int64, "stride": 2}]
+
+
+def agree(case: Case, device: torch.device, **tensor_kind: object) -> None:
+    rows = case.run("triton", device, **tensor_kind)
+    case.check(rows, case.run("reference", "cpu"), f"Triton kernel against NumPy model {tensor_kind or ''}")
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+@given(rng=st.randoms(use_true_random=False), build=st.sampled_from(BUILDS), num_sms=st.sampled_from([132, 114, 78, 16]))
+def test_on_random_cases(rng: random.Random, build: str, num_sms: int, device: torch.device) -> None:
+    case = random_case(rng, build, num_sms, arch=rng.choice(ARCHS[build]))
+    agree(case, device, **rng.choice(TENSOR_KINDS))
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+@given(rng=st.randoms(use_true_random=False), build=st.sampled_from(BUILDS))
+def test_on_boundary_cases(rng: random.Random, build: str, device: torch.device) -> None:
+    agree(boundary_case(rng, build), device)
+
+
+@pytest.mark.parametrize("batch", [0, 1, 31, 32, 33, 991, 992, 993, 5000])
+@pytest.mark.parametrize("build", BUILDS)
+def test_on_every_edge_of_the_batch_size(build: str, batch: int, device: torch.device) -> None:
+    rng = random.Random(batch)
+    lengths = [rng.choice([0, 1, 127, 128, 129, 5000, 70000]) for _ in range(batch)]
+    args = {"batch_size": batch, "max_seqlen_q": 1, "max_seqlen_k": 70000, "num_heads": 7, "num_heads_k": 1}
+    for causal in (False, True):
+        more = {"headdim": 128, "cache_seqlens": lengths, "page_size": 64, "causal": causal, "num_splits": 32}
+        agree(Case(build, args | more), device)
+
+
+@pytest.mark.parametrize("slice_size", [1, 4, 32])
+def test_slices_of_any_size_give_the_same(slice_size: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter runs one program a group; a GPU runs many. Here the interpreter runs many, too."""
+    shape = kernel.launch_shape
+    monkeypatch.setattr(kernel, "launch_shape", lambda *batch: (slice_size, *shape(*batch)[1:]))
+    rng = random.Random(slice_size)
+    for build in BUILDS:
+        agree(boundary_case(rng, build, largest_batch=100), device)
+        agree(random_case(rng, build, largest_batch=100), device)
+    lengths = [rng.randint(0, 5000) for _ in range(1000)]
+    args = {"batch_size": 1000, "max_seqlen_q": 1, "max_seqlen_k": 5000, "num_heads": 8, "num_heads_k": 1, "headdim": 64}
+    if slice_size >= 32:  # two groups
+        agree(Case("sglang-kernel-0.4.2", args | {"cache_seqlens": lengths}), device)
+
+
+def test_no_queries_at_all(device: torch.device) -> None:
+    """No query blocks but some keys: FA3 divides by zero blocks per SM and ends up with one split."""
+    args = {"batch_size": 3, "max_seqlen_q": 4, "max_seqlen_k": 9000, "num_heads": 8, "num_heads_k": 1, "headdim": 128}
+    case = Case("sglang-kernel-0.4.2", args | {"cache_seqlens": [9000, 0, 5], "seqused_q": [0, 0, 0], "num_splits": 8})
+    agree(case, device)
+    assert case.run("triton", device)["num_splits_dynamic"] == [1, 1, 1]
+
+
+def test_negative_lengths_count_as_zero(device: torch.device) -> None:
+    args = {"batch_size": 3, "max_seqlen_q": 1, "max_seqlen_k": 9000, "num_heads": 8, "num_heads_k": 1, "headdim": 128}
+    case = Case("sglang-kernel-0.4.2", args | {"cache_seqlens": [9000, -4000, 5], "num_splits": 8})
+    agree(case, device)
+    zero = Case("sglang-kernel-0.4.2", args | {"cache_seqlens": [9000, 0, 5], "num_splits": 8})
+    assert case.run("triton", device) == zero.run("triton", device)
+
+
+def test_lengths_are_read_in_place(device: torch.device) -> None:
+    """A column of a matrix gives the same metadata as its copy, and is left as it was."""
+    matrix = torch.randint(1, 60000, (40, 6), dtype=torch.int64, device=device)
+    before = matrix.clone()
+    made = [
+        fa3_metadata.get_scheduler_metadata(40, 1, 60000, 8, 1, 128, lengths, num_splits=16, backend="triton")
+        for lengths in (matrix[:, 2], matrix[:, 2].contiguous().to(torch.int32))
+    ]
+    assert torch.equal(*made)
+    assert torch.equal(matrix, before)

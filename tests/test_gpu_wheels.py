@@ -1,0 +1,154 @@
+"""The compiled kernel against the installed FA3 wheel: fresh cases, captured graphs, and the forward itself."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import fa3_metadata
+from fa3_metadata.detect import BUILD_VARIABLE, DEFAULT_BUILD, SEARCH_ORDER, installed_version
+from fa3_metadata.forward import DecodeBatch, attend, make_decode_batch
+from fa3_metadata.native import native_op
+
+from .cases import POISON, Case, boundary_case, random_case
+from .conftest import HAS_GPU
+
+pytestmark = pytest.mark.gpu
+
+WHEEL = next((f"{name}-{version}" for name in SEARCH_ORDER if (version := installed_version(name))), None)
+PARTS, RANDOM_CASES, BOUNDARY_CASES = 20, 2400, 1200  # of every build; spread over the parts
+
+
+def _why_no_op() -> str | None:
+    if WHEEL is None:
+        return f"no FA3 wheel is installed (none of {', '.join(SEARCH_ORDER)})"
+    try:
+        native_op(WHEEL)
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+NO_OP = _why_no_op() if HAS_GPU else "no CUDA GPU on this machine"
+needs_op = pytest.mark.skipif(NO_OP is not None, reason=str(NO_OP))
+needs_wheel = pytest.mark.skipif(WHEEL is None, reason="no FA3 wheel is installed")
+
+
+@pytest.fixture(scope="module")
+def num_sms() -> int:
+    return torch.cuda.get_device_properties(0).multi_processor_count
+
+
+def against_wheel(case: Case, **tensor_kind: object) -> None:
+    rows = case.run("triton", "cuda", **tensor_kind)
+    case.check(rows, case.run("native", "cuda"), f"Triton kernel against {case.build} {tensor_kind or ''}")
+
+
+@needs_op
+@pytest.mark.parametrize("part", range(PARTS))
+def test_fresh_random_cases(part: int, num_sms: int) -> None:
+    rng = random.Random(f"random {part}")
+    for _ in range(RANDOM_CASES // PARTS):
+        case = random_case(rng, str(WHEEL), num_sms)
+        if case.args["batch_size"]:  # the wheels launch an empty grid for an empty batch, which is an error
+            against_wheel(case)
+
+
+@needs_op
+@pytest.mark.parametrize("part", range(PARTS))
+def test_fresh_boundary_cases(part: int, num_sms: int) -> None:
+    rng = random.Random(f"boundary {part}")
+    for _ in range(BOUNDARY_CASES // PARTS):
+        against_wheel(boundary_case(rng, str(WHEEL), num_sms))
+
+
+@needs_op
+@pytest.mark.parametrize("part", range(PARTS))
+def test_int64_and_strided_lengths(part: int, num_sms: int) -> None:
+    rng = random.Random(f"kinds {part}")
+    for _ in range(4):
+        case = random_case(rng, str(WHEEL), num_sms, largest_batch=64)
+        if case.args["batch_size"]:
+            for kind in ({"dtype": torch.int64}, {"stride": 5}, {"dtype": torch.int64, "stride": 2}):
+                against_wheel(case, **kind)
+
+
+@needs_op
+def test_reference_matches_the_wheel(num_sms: int) -> None:
+    rng = random.Random("reference")
+    for _ in range(300):
+        case = random_case(rng, str(WHEEL), num_sms)
+        if case.args["batch_size"]:
+            case.check(case.run("reference", "cuda"), case.run("native", "cuda"), "NumPy model against the wheel")
+
+
+@needs_op
+@pytest.mark.parametrize("batch", [1, 33, 992, 1500])
+@pytest.mark.parametrize("causal", [False, True])
+def test_replays_of_a_captured_launch_follow_the_lengths(batch: int, causal: bool, num_sms: int) -> None:
+    rng = random.Random(batch)
+    args = {
+        "batch_size": batch, "max_seqlen_q": 1, "max_seqlen_k": 70000, "num_heads": 8, "num_heads_k": 1,
+        "headdim": 128, "page_size": 64, "causal": causal, "num_splits": 32, "cache_seqlens": [1] * batch,
+    }  # fmt: skip
+    case = Case(str(WHEEL), args, num_sms=num_sms)
+    arguments = case.arguments("cuda")
+    layout = fa3_metadata.metadata_layout(**arguments)
+    out = torch.full((layout.size,), POISON, dtype=torch.int32, device="cuda")
+    made = fa3_metadata.get_scheduler_metadata(**arguments, out=out)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        fa3_metadata.get_scheduler_metadata(**arguments, out=out)
+    for _ in range(10):
+        lengths = [rng.randint(0, 70000) for _ in range(batch)]
+        arguments["cache_seqlens"].copy_(torch.tensor(lengths, dtype=torch.int32))
+        out.fill_(POISON)
+        graph.replay()
+        expected = fa3_metadata.get_scheduler_metadata(**arguments, backend="native")
+        rows, wanted = (fa3_metadata.unpack_metadata(t, layout) for t in (made, expected))
+        for name in rows:
+            assert torch.equal(rows[name], wanted[name]), name
+        assert out[layout.size - 1] == 0
+
+
+LENGTHS: dict[str, list[int]] = {
+    "one": [513],
+    "short": [511, 512, 1, 130],
+    "skewed": [30000] + [500] * 30,
+    "many": [((i * 7919) % 3000) + 1 for i in range(200)],
+    "beyond_992": [((i * 104729) % 600) + 1 for i in range(1003)],
+}
+MASKS = {"causal": (True, (-1, -1)), "full": (False, (-1, -1)), "window": (True, (300, 0))}
+SCHEDULES: dict[str, Callable[[DecodeBatch], int]] = {"heuristic": lambda _: 0, "up to 7": lambda _: 7, "one": lambda _: 1}
+
+
+@needs_wheel
+@pytest.mark.parametrize("heads", [(8, 1), (32, 8), (7, 7)], ids=str)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_forward_gives_the_same_bits_with_our_metadata_as_without(
+    lengths: str, mask: str, heads: tuple[int, int]
+) -> None:
+    causal, window = MASKS[mask]
+    for seqlen_q in (1, 4):
+        batch = make_decode_batch(
+            LENGTHS[lengths], *heads, 128, max_seqlen_q=seqlen_q, causal=causal, window_size=window, seed=seqlen_q
+        )
+        for schedule, splits in SCHEDULES.items():
+            num_splits = splits(batch)
+            metadata = fa3_metadata.get_scheduler_metadata(
+                **batch.problem_arguments(), num_splits=num_splits, build=WHEEL
+            )
+            expected = attend(str(WHEEL), batch, None, num_splits)
+            for layer in range(2):  # the semaphore must be zero again after each use
+                got = attend(str(WHEEL), batch, metadata, num_splits)
+                assert torch.equal(got, expected), f"{schedule}, q length {seqlen_q}, layer {layer}"
+
+
+@needs_wheel
+def test_the_wheel_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(BUILD_VARIABLE, raising=False)
+    assert fa3_metadata.detect_build().build == WHEEL != DEFAULT_BUILD or DEFAULT_BUILD == WHEEL

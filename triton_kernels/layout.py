@@ -1,0 +1,60 @@
+"""Where things are in the metadata tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ROW_ALIGNMENT = 4  # int32 elements: FA3 aligns every row to 16 bytes
+
+# Every row an FA3 build may have: int32, one value a sequence.
+ROWS = {
+    "num_splits_dynamic": "KV splits of the sequence",
+    "num_m_blocks": "query blocks of kBlockM rows",
+    "packed_seqlen_q": "query rows: tokens, times the q heads per KV head when GQA is packed",
+    "varlen_batch_idx": "which sequence of the batch is worked on at this position",
+    "num_nheads_in_l2": "heads whose KV blocks of one split fit in L2 together",
+}
+
+
+@dataclass(frozen=True)
+class MetadataLayout:
+    """Layout of one metadata tensor: int32, contiguous, 1-D, `size` elements.
+
+    `row_names` are the rows in memory order. A row holds `batch_size` values and is padded to a multiple
+    of four; the padding is unspecified. Where the batch is sorted, rows are indexed by sorted position
+    (`varlen_batch_idx` says which sequence that is), otherwise by sequence. The semaphore, a single zero
+    that FA3's tile scheduler counts with, follows the last row; FA3 has none on sm_8x without splits.
+    """
+
+    batch_size: int
+    row_names: tuple[str, ...]
+    has_semaphore: bool
+
+    @property
+    def row_stride(self) -> int:
+        """Elements from the start of one row to the start of the next."""
+        return -(-self.batch_size // ROW_ALIGNMENT) * ROW_ALIGNMENT
+
+    @property
+    def size(self) -> int:
+        """Elements in the tensor."""
+        return len(self.row_names) * self.row_stride + self.has_semaphore
+
+    @property
+    def rows(self) -> dict[str, slice]:
+        """Row name to the slice of its `batch_size` valid elements."""
+        starts = (i * self.row_stride for i in range(len(self.row_names)))
+        return {
+            name: slice(start, start + self.batch_size)
+            for name, start in zip(self.row_names, starts, strict=True)
+        }
+
+    @property
+    def semaphore(self) -> int | None:
+        """Index of the semaphore, or None where there is none."""
+        return self.size - 1 if self.has_semaphore else None
+
+    @property
+    def is_sorted(self) -> bool:
+        """Whether rows are indexed by sorted position."""
+        return "varlen_batch_idx" in self.row_names

@@ -1,0 +1,248 @@
+"""Host side: from a problem and a build's rules to everything the device needs to know.
+
+Mirrors `mha_fwd_get_scheduler_metadata`, `get_pagedkv_tma`, `get_num_splits`, `get_pack_gqa` (hopper/flash_api.cpp)
+and `num_splits_heuristic`, `should_pack_gqa` (hopper/heuristics.h) of FlashAttention, the float32 and int32
+arithmetic included. Pure Python: no tensors, no device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from .builds import MIB, FA3Rules, unsupported_reason
+from .layout import MetadataLayout
+from .problem import Problem
+from .tiles import find_tile
+
+MAX_DYNAMIC_SPLIT_BATCH = 992  # above it FA3 stops splitting; also the size of a sorting group
+_L2_BYTES_FOR_SPLITS = 50 * MIB
+_MAX_HEURISTIC_SPLITS = 128
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """What the device side is launched with: the answer of the host-side rules. Sizes are in tokens or rows."""
+
+    is_causal: bool  # after FA3's normalisation of the mask
+    is_local: bool
+    window_size: tuple[int, int]  # as the mask uses it: open ends filled in
+    uses_one_wg: bool
+    paged_kv_tma: bool
+    block_m: int  # kBlockM: query rows of a tile
+    block_n: int  # kBlockN: keys of a block
+    num_sms: int  # after sm_margin
+    num_splits: int  # upper bound; pass the same number to the forward
+    num_splits_reason: str
+    pack_gqa: bool  # pass the same to the forward
+    pack_gqa_reason: str
+    num_heads: int  # heads the tile scheduler sees: KV heads when packed, else q heads
+    q_heads_per_row: int  # rows a query token gives a tile: q heads per KV head when packed, else 1
+    heads_per_l2_head: int  # scheduler heads that share a KV head: 1 when packed
+    max_kvblocks_in_l2: int
+    layout: MetadataLayout
+
+    @property
+    def dynamic_splits(self) -> bool:
+        """Whether sequences get splits of their own; otherwise every one has a single split."""
+        return self.num_splits > 1 and self.layout.batch_size <= MAX_DYNAMIC_SPLIT_BATCH
+
+
+@lru_cache(maxsize=4096)
+def make_plan(problem: Problem, rules: FA3Rules) -> LaunchPlan:
+    """The launch plan of `problem` under `rules`. Raises `ValueError` for what that build has no kernels for."""
+    if reason := unsupported_reason(rules, problem):
+        raise ValueError(reason)
+    p, group = problem, problem.q_heads_per_kv_head
+    is_causal, is_local, window = _normalise_mask(p)
+    uses_one_wg = _uses_one_wg(p, rules, is_local)
+    flags = _tile_flags(p, is_causal, is_local, uses_one_wg)
+    num_sms = p.num_sms - p.sm_margin
+
+    paged = p.page_size is not None
+    block_m, block_n = _tile(p, rules, flags)
+    paged_kv_tma = (
+        p.page_size is not None
+        and p.arch >= 90
+        and not p.has_leftpad_k
+        and p.max_seqlen_k_new == 0
+        and (rules.paged_tma_when_local or not is_local)
+        and p.page_size % block_n == 0
+        and p.max_seqlen_q * group > block_m
+    )
+    if paged and not paged_kv_tma:
+        flags |= {"paged_non_tma"}
+
+    # sm_8x picks its tile by whether there are splits, and the number of splits by the tile: FA3 breaks
+    # the circle by counting blocks as if there were.
+    block_m, block_n = _tile(p, rules, flags | {"split"})
+    if p.num_splits:
+        num_splits, splits_reason = p.num_splits, "given"
+    else:
+        num_splits, splits_reason = _resolve_num_splits(p, num_sms, block_m, block_n, is_causal, is_local, window)
+    block_m, block_n = _tile(p, rules, flags | ({"split"} if num_splits > 1 else set()))
+    pack_gqa, pack_reason = _resolve_pack_gqa(p, rules, block_m, num_splits, paged and not paged_kv_tma, is_local)
+
+    conditions = {
+        "always": True,
+        "sort": rules.sorts_batches and not is_local,
+        "swizzle": is_causal or is_local,
+        "dynamic_splits": num_splits > 1 and p.batch_size <= MAX_DYNAMIC_SPLIT_BATCH,
+    }
+    kv_block_bytes = block_n * (p.headdim + p.value_headdim) * p.element_size
+    return LaunchPlan(
+        is_causal=is_causal,
+        is_local=is_local,
+        window_size=window,
+        uses_one_wg=uses_one_wg,
+        paged_kv_tma=paged_kv_tma,
+        block_m=block_m,
+        block_n=block_n,
+        num_sms=num_sms,
+        num_splits=num_splits,
+        num_splits_reason=splits_reason,
+        pack_gqa=pack_gqa,
+        pack_gqa_reason=pack_reason,
+        num_heads=p.num_heads_k if pack_gqa else p.num_heads,
+        q_heads_per_row=group if pack_gqa else 1,
+        heads_per_l2_head=1 if pack_gqa else group,
+        max_kvblocks_in_l2=rules.l2_bytes(group) // kv_block_bytes,
+        layout=MetadataLayout(
+            batch_size=p.batch_size,
+            row_names=tuple(row for row, when in rules.rows if conditions[when]),
+            has_semaphore=p.arch >= 90 or num_splits > 1,
+        ),
+    )
+
+
+def _normalise_mask(p: Problem) -> tuple[bool, bool, tuple[int, int]]:
+    """(is_causal, is_local, window) as FA3 sees them."""
+    left, right = p.window_size
+    causal, chunk = p.causal, p.attention_chunk
+    if left >= p.max_seqlen_k - 1:
+        left = -1
+    if right >= p.max_seqlen_q - 1:
+        right = -1
+    if p.max_seqlen_q == 1 and (left, right, chunk) == (-1, -1, 0):
+        # One query sees every key either way. FA3 keeps the causal kernels where their kBlockN suits paging.
+        causal = causal and 64 < p.headdim <= 128 and p.page_size is not None
+    if causal:
+        right = 0
+    is_causal = left < 0 and right == 0 and chunk == 0
+    is_local = (left >= 0 or right >= 0 or chunk >= 1) and not is_causal
+    left = p.max_seqlen_k - 1 if left < 0 else left
+    right = p.max_seqlen_q - 1 if right < 0 else right
+    if chunk > 0:
+        left, right = min(left, chunk - 1), min(right, chunk - 1)
+    return is_causal, is_local, (left, right)
+
+
+def _uses_one_wg(p: Problem, rules: FA3Rules, is_local: bool) -> bool:
+    return (
+        rules.has_one_wg
+        and p.arch >= 90
+        and p.headdim in (64, 128)
+        and p.max_seqlen_q * p.q_heads_per_kv_head <= 64
+        and (rules.one_wg_when_local or not is_local)
+    )
+
+
+def _round_headdim(headdim: int) -> int:
+    return next(rounded for rounded in (64, 96, 128, 192, 256, 512) if headdim <= rounded)
+
+
+def _tile_flags(p: Problem, is_causal: bool, is_local: bool, uses_one_wg: bool) -> frozenset[str]:
+    rounded_v = _round_headdim(p.value_headdim)
+    holds = {
+        "causal": is_causal,
+        "local": is_local,
+        "one_wg": uses_one_wg,
+        "softcap": p.has_softcap,
+        "dv<=128": rounded_v <= 128,
+        f"dv{rounded_v}": True,
+        "sm86": p.arch in (86, 89),
+        "paged": p.page_size is not None,
+        "append": p.max_seqlen_k_new > 0,
+    }
+    return frozenset(flag for flag, value in holds.items() if value)
+
+
+def _tile(p: Problem, rules: FA3Rules, flags: frozenset[str]) -> tuple[int, int]:
+    tables = rules.sm90_tiles if p.arch >= 90 else rules.sm8x_tiles
+    assert tables is not None  # unsupported_reason
+    return find_tile(tables[p.element_size], _round_headdim(p.headdim), flags)
+
+
+def _resolve_num_splits(
+    p: Problem, num_sms: int, block_m: int, block_n: int, is_causal: bool, is_local: bool, window: tuple[int, int]
+) -> tuple[int, str]:
+    """FA3's upper bound on splits, and why: as if the batch were one sequence of the largest length."""
+    loaded = p.max_seqlen_k
+    if is_local:
+        loaded = max(0, min(loaded, sum(window) + 1 + block_m))
+    num_m_blocks = -(-p.max_seqlen_q * p.q_heads_per_kv_head // block_m)
+    num_n_blocks = -(-loaded // block_n)
+    total_m_blocks = p.num_heads_k * num_m_blocks
+    kv_head_bytes = _int32(p.max_seqlen_k * (p.headdim + p.value_headdim) * p.element_size)
+
+    if np.float32(total_m_blocks) >= np.float32(0.8) * np.float32(num_sms):
+        if kv_head_bytes > _L2_BYTES_FOR_SPLITS and num_m_blocks >= 2 * num_sms and not (is_causal or is_local):
+            splits = min(-(-kv_head_bytes // _L2_BYTES_FOR_SPLITS), _MAX_HEURISTIC_SPLITS)
+            return splits, "one KV head does not fit in L2 and many query blocks read it"
+        return 1, f"{total_m_blocks} tiles fill 80 % of {num_sms} SMs"
+    if num_n_blocks <= 4:
+        return 1, f"at most {num_n_blocks} key blocks are not worth splitting"
+    splits = _most_efficient_splits(total_m_blocks, num_sms, min(_MAX_HEURISTIC_SPLITS, num_sms, num_n_blocks))
+    return splits, f"smallest number within 85 % of the best wave efficiency of {total_m_blocks} tiles on {num_sms} SMs"
+
+
+@lru_cache(maxsize=4096)
+def _most_efficient_splits(total_m_blocks: int, num_sms: int, max_splits: int) -> int:
+    tiles = (total_m_blocks * np.arange(1, max_splits + 1)).astype(np.float32)
+    waves = tiles / np.float32(num_sms)
+    efficiency = waves / np.ceil(waves)
+    good_enough = efficiency.astype(np.float64) >= 0.85 * float(efficiency.max())
+    return int(np.argmax(good_enough)) + 1
+
+
+def _resolve_pack_gqa(
+    p: Problem, rules: FA3Rules, block_m: int, num_splits: int, paged_non_tma: bool, is_local: bool
+) -> tuple[bool, str]:
+    """Whether the q heads of a KV head share a tile, and why."""
+    if rules.forces_pack_gqa and num_splits > 1:
+        return True, "this build always packs with splits"
+    if rules.forces_pack_gqa and p.headdim == p.value_headdim:
+        return True, "this build always packs when headdim == headdim_v"
+    if p.pack_gqa is not None:
+        return p.pack_gqa, "given"
+    if p.arch < 90:
+        return True, "sm_8x kernels always pack"
+    if paged_non_tma:
+        return True, "kernels for paged KV without TMA always pack"
+    if num_splits > 1:
+        return True, "kernels with splits always pack"
+    group = p.q_heads_per_kv_head
+    if rules.packs_narrow_windows and group == 8 and is_local and p.headdim == p.value_headdim == 64:
+        return True, "this build packs 8 q heads of dim 64 under a window"
+    if group == 1:
+        return False, "one q head per KV head"
+    if p.has_cu_seqlens_q or p.has_seqused_q:
+        return True, "query lengths vary"
+    packed, unpacked = (_tile_fill(rows, block_m) for rows in (p.max_seqlen_q * group, p.max_seqlen_q))
+    if float(unpacked) < 0.9 * float(packed):
+        return True, "packed rows fill their tiles better"
+    return False, "unpacked rows fill their tiles well enough"
+
+
+def _tile_fill(rows: int, block_m: int) -> np.float32:
+    """Part of the tiles' rows that is used."""
+    if rows == 0:
+        return np.float32("nan")  # 0 / 0, as in FA3: every comparison with it is false
+    return np.float32(rows) / np.float32(-(-rows // block_m) * block_m)
+
+
+def _int32(value: int) -> int:
+    """`value` wrapped as C++ int arithmetic wraps it."""
+    return (value + 2**31) % 2**32 - 2**31

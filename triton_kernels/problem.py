@@ -1,0 +1,122 @@
+"""The question: everything about one decode call that its schedule depends on, except the lengths."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import SupportsIndex
+
+ELEMENT_SIZE = {"float16": 2, "bfloat16": 2, "float8_e4m3fn": 1}  # bytes
+MAX_HEADDIM, MAX_HEADDIM_V, MAX_NUM_SPLITS, MAX_NUM_SMS = 256, 512, 256, 1024
+ARCHS = (80, 86, 89, 90)
+_INT32_MAX = 2**31 - 1
+
+
+def checked_int(name: str, value: SupportsIndex, low: int, high: int = _INT32_MAX) -> int:
+    """`value` as an int in [low, high]; a TypeError or ValueError that names the argument otherwise."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    number = operator.index(value)
+    if not low <= number <= high:
+        raise ValueError(f"{name} must be from {low} to {high}, got {number}")
+    return number
+
+
+def checked_bool(name: str, value: bool) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call of FA3's `mha_fwd_get_scheduler_metadata` (hopper/flash_api.cpp) without its tensors.
+
+    Names and meaning are those of `fa3_metadata.get_scheduler_metadata`; lengths are in tokens. Of the
+    tensors only their presence is kept (`has_...`), since that is all the host-side rules look at.
+    Construction checks every field and raises `TypeError` or `ValueError` naming the one that is wrong.
+    """
+
+    batch_size: int
+    max_seqlen_q: int
+    max_seqlen_k: int
+    num_heads: int
+    num_heads_k: int
+    headdim: int
+    headdim_v: int | None = None  # None: the same as headdim
+    qkv_dtype: str = "bfloat16"  # a key of ELEMENT_SIZE
+    has_cu_seqlens_q: bool = False
+    has_seqused_q: bool = False
+    has_leftpad_k: bool = False
+    page_size: int | None = None  # None: KV is not paged
+    max_seqlen_k_new: int = 0
+    causal: bool = False
+    window_size: tuple[int, int] = (-1, -1)  # (left, right) in tokens, both ends inclusive; -1: unlimited
+    attention_chunk: int = 0  # 0: off
+    has_softcap: bool = False
+    num_splits: int = 0  # upper bound on the KV splits of a sequence; 0: FA3's heuristic picks it
+    pack_gqa: bool | None = None  # None: FA3's heuristic decides
+    sm_margin: int = 0  # SMs left to other kernels
+    arch: int = 90  # compute capability, major * 10 + minor
+    num_sms: int = 132  # SMs on the device, before sm_margin
+
+    def __post_init__(self) -> None:
+        if self.qkv_dtype not in ELEMENT_SIZE:
+            raise TypeError(f"qkv_dtype must be one of {', '.join(ELEMENT_SIZE)}, got {self.qkv_dtype!r}")
+        for name, low, high in _INTEGER_FIELDS:
+            object.__setattr__(self, name, checked_int(name, getattr(self, name), low, high))
+        for name in ("has_cu_seqlens_q", "has_seqused_q", "has_leftpad_k", "causal", "has_softcap"):
+            checked_bool(name, getattr(self, name))
+        if self.headdim_v is None:
+            object.__setattr__(self, "headdim_v", self.headdim)
+        checked_int("headdim_v", self.value_headdim, 1, MAX_HEADDIM_V)
+        if self.page_size is not None:
+            checked_int("page_size", self.page_size, 1)
+        if self.pack_gqa is not None:
+            checked_bool("pack_gqa", self.pack_gqa)
+        if self.num_heads % self.num_heads_k:
+            raise ValueError(
+                f"num_heads must be a multiple of num_heads_k, got {self.num_heads} and {self.num_heads_k}"
+            )
+        object.__setattr__(self, "window_size", _checked_window(self.window_size))
+        if self.arch not in ARCHS:
+            raise ValueError(f"arch must be one of {', '.join(map(str, ARCHS))} (FA3's GPUs), got {self.arch}")
+        if self.sm_margin >= self.num_sms:
+            raise ValueError(
+                f"sm_margin must leave at least one SM: it must be under {self.num_sms}, got {self.sm_margin}"
+            )
+
+    @property
+    def value_headdim(self) -> int:
+        return self.headdim if self.headdim_v is None else self.headdim_v
+
+    @property
+    def element_size(self) -> int:
+        return ELEMENT_SIZE[self.qkv_dtype]
+
+    @property
+    def q_heads_per_kv_head(self) -> int:
+        return self.num_heads // self.num_heads_k
+
+
+_INTEGER_FIELDS = (
+    ("batch_size", 0, _INT32_MAX),
+    ("max_seqlen_q", 0, _INT32_MAX),
+    ("max_seqlen_k", 0, _INT32_MAX),
+    ("num_heads", 1, _INT32_MAX),
+    ("num_heads_k", 1, _INT32_MAX),
+    ("headdim", 1, MAX_HEADDIM),
+    ("max_seqlen_k_new", 0, _INT32_MAX),
+    ("attention_chunk", 0, _INT32_MAX),
+    ("num_splits", 0, MAX_NUM_SPLITS),
+    ("num_sms", 1, MAX_NUM_SMS),
+    ("sm_margin", 0, _INT32_MAX),
+)
+
+
+def _checked_window(window_size: tuple[int, int]) -> tuple[int, int]:
+    try:
+        left, right = window_size
+    except (TypeError, ValueError):
+        raise TypeError(f"window_size must be a pair (left, right), got {window_size!r}") from None
+    return checked_int("window_size[0]", left, -1), checked_int("window_size[1]", right, -1)
