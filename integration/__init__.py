@@ -1,7 +1,7 @@
 """FlashAttention-3 scheduler metadata, made once a step instead of before every layer.
 
-    metadata = fa3_metadata.get_scheduler_metadata(batch_size, 1, max_seqlen_k, 32, 8, 128, cache_seqlens)
-    out = flash_attn_with_kvcache(q, k_cache, v_cache, ..., scheduler_metadata=metadata)
+metadata = fa3_metadata.get_scheduler_metadata(batch_size, 1, max_seqlen_k, 32, 8, 128, cache_seqlens)
+out = flash_attn_with_kvcache(q, k_cache, v_cache, ..., scheduler_metadata=metadata)
 """
 
 from .api import get_scheduler_metadata, metadata_layout, unpack_metadata

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import fields
 from functools import lru_cache
 from typing import Any
 
 import torch
 
-from . import native
 from .arguments import LengthTensors, make_problem, output_tensor
 from .detect import detect_build
+from .native import native_metadata
 from .triton_kernels.builds import FA3Rules, rules_for
 from .triton_kernels.layout import MetadataLayout
 from .triton_kernels.plan import LaunchPlan, make_plan
@@ -110,14 +111,17 @@ def get_scheduler_metadata(
         raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if cache_seqlens is None:
+        raise TypeError("cache_seqlens must be a tensor, got NoneType")
     tensors, problem = _read_call(arguments)
+    assert tensors is not None
     build, rules = resolve_build(build)
     plan = make_plan(problem, rules)
     out = output_tensor(out, plan.layout, cache_seqlens.device)
     if backend == "native":
-        native.native_metadata(build, problem, plan, tensors, out)
+        out.copy_(native_metadata(build, problem, tensors))
     elif backend == "reference" or (backend == "auto" and out.device.type == "cpu"):
-        out.copy_(_reference(problem, plan, tensors))
+        out.copy_(torch.from_numpy(reference_metadata(problem, plan, host_lengths(tensors))))
     else:
         _launch(problem, plan, tensors, out)
     return out
@@ -158,8 +162,15 @@ def metadata_layout(
     H100 SXM or H200 unless `arch` and `num_sms` say otherwise. Of the other tensors only their presence counts.
     Raises what `get_scheduler_metadata` raises.
     """
-    _, problem = _read_call(locals())
-    return make_plan(problem, resolve_build(build)[1]).layout
+    return plan_call(locals())[3].layout
+
+
+def plan_call(arguments: dict[str, Any]) -> tuple[LengthTensors | None, Problem, FA3Rules, LaunchPlan]:
+    """A call taken apart: `arguments` of `metadata_layout` by name; those left out have their defaults."""
+    arguments = _DEFAULTS | arguments
+    tensors, problem = _read_call(arguments)
+    rules = resolve_build(arguments["build"])[1]
+    return tensors, problem, rules, make_plan(problem, rules)
 
 
 def unpack_metadata(tensor: torch.Tensor, layout: MetadataLayout) -> dict[str, torch.Tensor]:
@@ -184,27 +195,29 @@ _rules_for = lru_cache(maxsize=64)(rules_for)
 
 
 def _read_call(arguments: dict[str, Any]) -> tuple[LengthTensors | None, Problem]:
-    """Tensors and problem of a call from its arguments by name."""
+    """Tensors and problem of a call from its arguments by name. Without lengths, only sizes are asked."""
     tensors = None
-    if arguments["cache_seqlens"] is not None or "out" in arguments:  # required where there is an output
+    if arguments["cache_seqlens"] is not None:
         tensors = LengthTensors(**{name: arguments[name] for name in _TENSORS})
-    presence = {name: arguments[name.removeprefix("has_")] is not None for name in _PRESENCE}
+    presence: dict[str, Any] = {name: arguments[name.removeprefix("has_")] is not None for name in _PRESENCE}
     return tensors, make_problem(tensors, **{name: arguments[name] for name in _STATIC}, **presence)
 
 
 _TENSORS = tuple(field.name for field in fields(LengthTensors))
+_DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(metadata_layout).parameters.items()
+    if parameter.default is not inspect.Parameter.empty
+}
 _PRESENCE = ("has_cu_seqlens_q", "has_seqused_q", "has_leftpad_k")
 _STATIC = tuple(field.name for field in fields(Problem) if field.name not in _PRESENCE)
 
 
-def _reference(problem: Problem, plan: LaunchPlan, tensors: LengthTensors) -> torch.Tensor:
-    arrays = {
-        name: None if tensor is None else tensor.detach().cpu().numpy()
-        for name in _TENSORS
-        if name != "cu_seqlens_k"
-        for tensor in (getattr(tensors, name),)
-    }
-    return torch.from_numpy(reference_metadata(problem, plan, Lengths(**arrays)))
+def host_lengths(tensors: LengthTensors) -> Lengths:
+    """The lengths as NumPy arrays; synchronises with CUDA tensors."""
+    arrays: dict[str, Any] = {field.name: getattr(tensors, field.name) for field in fields(Lengths)}
+    arrays = {name: None if tensor is None else tensor.detach().cpu().numpy() for name, tensor in arrays.items()}
+    return Lengths(**arrays)
 
 
 def _launch(problem: Problem, plan: LaunchPlan, tensors: LengthTensors, out: torch.Tensor) -> None:

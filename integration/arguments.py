@@ -86,7 +86,11 @@ def make_problem(
             raise ValueError(f"cache_seqlens must be on a CUDA or CPU device, got {device}")
     arch, num_sms = device_facts(device, arch, num_sms)
     return Problem(
-        batch_size=batch_size, qkv_dtype=dtype_name(qkv_dtype), arch=arch, num_sms=num_sms, **static  # type: ignore[arg-type]
+        batch_size=batch_size,
+        qkv_dtype=dtype_name(qkv_dtype),
+        arch=arch,
+        num_sms=num_sms,
+        **static,  # type: ignore[arg-type]
     )
 
 

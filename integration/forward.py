@@ -120,4 +120,4 @@ def attend(
 
 def _with_kvcache(build: str) -> Callable[..., torch.Tensor]:
     module = "flash_attn_interface" if build.startswith("flash-attn-3") else "sgl_kernel.flash_attn"
-    return import_module(module).flash_attn_with_kvcache  # type: ignore[no-any-return]
+    return import_module(module).flash_attn_with_kvcache

@@ -7,10 +7,9 @@ from importlib import import_module
 
 import torch
 
-from .arguments import LengthTensors
+from .arguments import LengthTensors, device_facts
 from .detect import installed_version
-from .triton_kernels.builds import PACKAGES, rules_for
-from .triton_kernels.plan import LaunchPlan
+from .triton_kernels.builds import package_of, rules_for
 from .triton_kernels.problem import Problem
 
 # Package -> (module whose import registers the op, torch.ops namespace).
@@ -27,7 +26,7 @@ def native_op(build: str) -> Callable[..., torch.Tensor]:
 
     Raises `RuntimeError` where that package is missing, behaves unlike `build`, or has no such op.
     """
-    package = max((name for name in PACKAGES if build.startswith(f"{name}-")), key=len)
+    package = package_of(build)
     version = installed_version(package)
     if version is None:
         raise RuntimeError(f'backend="native" needs {package}, which is not installed (build is {build!r})')
@@ -45,27 +44,24 @@ def native_op(build: str) -> Callable[..., torch.Tensor]:
         ) from None
 
 
-def native_metadata(build: str, problem: Problem, plan: LaunchPlan, tensors: LengthTensors, out: torch.Tensor) -> None:
-    """Write the installed op's metadata into `out`; lengths are converted to contiguous int32 first."""
-    if out.device.type != "cuda":
-        raise RuntimeError(f'backend="native" needs CUDA tensors, got cache_seqlens on {out.device}')
+def native_metadata(build: str, problem: Problem, tensors: LengthTensors) -> torch.Tensor:
+    """A new tensor made by the installed op; lengths are converted to contiguous int32 first."""
+    device = tensors.cache_seqlens.device
+    if device.type != "cuda":
+        raise RuntimeError(f'backend="native" needs CUDA tensors, got cache_seqlens on {device}')
     p = problem
-    own = torch.cuda.get_device_properties(out.device)
-    if (p.arch, p.num_sms) != (own.major * 10 + own.minor, own.multi_processor_count):
+    if (p.arch, p.num_sms) != device_facts(device, None, None):
         raise RuntimeError('backend="native" answers for the device of cache_seqlens: leave arch and num_sms out')
     op = native_op(build)
     chunk = (p.attention_chunk,) if rules_for(build).has_attention_chunk else ()
-    with torch.cuda.device(out.device):
-        made = op(
+    with torch.cuda.device(device):
+        return op(
             p.batch_size, p.max_seqlen_q, p.max_seqlen_k, p.num_heads, p.num_heads_k, p.headdim, p.value_headdim,
             getattr(torch, p.qkv_dtype), _int32(tensors.cache_seqlens), _int32(tensors.cu_seqlens_q),
             _int32(tensors.cu_seqlens_k), _int32(tensors.cu_seqlens_k_new), _int32(tensors.seqused_q),
             _int32(tensors.leftpad_k), p.page_size, p.max_seqlen_k_new, p.causal, *p.window_size, *chunk,
             p.has_softcap, p.num_splits, p.pack_gqa, p.sm_margin,
         )  # fmt: skip
-    if made.shape != (plan.layout.size,):
-        raise RuntimeError(f"the op of {build} made {made.numel()} elements, its rules say {plan.layout.size}")
-    out.copy_(made)
 
 
 def _int32(lengths: torch.Tensor | None) -> torch.Tensor | None:

@@ -9,9 +9,8 @@ import random
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-
 import fa3_metadata
+import torch
 from fa3_metadata.triton_kernels.builds import rules_for
 from fa3_metadata.triton_kernels.plan import LaunchPlan, make_plan
 from fa3_metadata.triton_kernels.problem import Problem
@@ -93,9 +92,7 @@ HEADDIMS = [(64, None), (128, None), (256, None), (128, None), (32, None), (72, 
             (112, None), (160, None), (192, None), (192, 128), (160, 128), (64, 512), (64, 256), (32, 512)]  # fmt: skip
 
 
-def random_case(
-    rng: random.Random, build: str, num_sms: int = 132, arch: int = 90, largest_batch: int = 5000
-) -> Case:
+def random_case(rng: random.Random, build: str, num_sms: int = 132, arch: int = 90, largest_batch: int = 5000) -> Case:
     """A case drawn widely over every argument, ugly ones included."""
     pick = rng.choice
     batch = min(pick(BATCHES) if rng.random() < 0.8 else pick(LARGE_BATCHES), largest_batch)
@@ -119,7 +116,7 @@ def random_case(
         "has_softcap": rng.random() < 0.1,
         "num_splits": pick([0, 0, 0, 1, 2, 3, 8, 16, 32, 64, 128, 200, 256]),
         "pack_gqa": pick([None, None, None, True, False]),
-        "sm_margin": pick([0, 0, 0, 2, 4, 8, 16, 100, num_sms - 1]),
+        "sm_margin": min(pick([0, 0, 0, 2, 4, 8, 16, 100, num_sms]), num_sms - 1),
     }
     if rules_for(build).has_attention_chunk and rng.random() < 0.06:
         args["attention_chunk"] = pick([1, 128, 1000, 8192])

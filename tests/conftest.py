@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 
 import pytest
 import torch
+from fa3_metadata.detect import SEARCH_ORDER, installed_version
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
+
+
+def pytest_report_header() -> list[str]:
+    """What a recorded run was made on."""
+    names = ("torch", "triton", "numpy", *SEARCH_ORDER)
+    versions = ", ".join(f"{name} {version}" for name in names if (version := installed_version(name)))
+    gpu = torch.cuda.get_device_name() if HAS_GPU else "none; the Triton kernel runs in the interpreter"
+    return [f"GPU: {gpu}", f"packages: {versions}", f"date: {datetime.date.today()}"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import random
 
+import fa3_metadata
 import pytest
 import torch
+from fa3_metadata.triton_kernels import kernel
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-import fa3_metadata
-from fa3_metadata.triton_kernels import kernel
 
 from .cases import Case, boundary_case, random_case
 
@@ -25,7 +24,9 @@ def agree(case: Case, device: torch.device, **tensor_kind: object) -> None:
 
 
 @settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
-@given(rng=st.randoms(use_true_random=False), build=st.sampled_from(BUILDS), num_sms=st.sampled_from([132, 114, 78, 16]))
+@given(
+    rng=st.randoms(use_true_random=False), build=st.sampled_from(BUILDS), num_sms=st.sampled_from([132, 114, 78, 16])
+)
 def test_on_random_cases(rng: random.Random, build: str, num_sms: int, device: torch.device) -> None:
     case = random_case(rng, build, num_sms, arch=rng.choice(ARCHS[build]))
     agree(case, device, **rng.choice(TENSOR_KINDS))
@@ -49,16 +50,25 @@ def test_on_every_edge_of_the_batch_size(build: str, batch: int, device: torch.d
 
 
 @pytest.mark.parametrize("slice_size", [1, 4, 32])
-def test_slices_of_any_size_give_the_same(slice_size: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slices_of_any_size_give_the_same(
+    slice_size: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The interpreter runs one program a group; a GPU runs many. Here the interpreter runs many, too."""
     shape = kernel.launch_shape
-    monkeypatch.setattr(kernel, "launch_shape", lambda *batch: (slice_size, *shape(*batch)[1:]))
+    monkeypatch.setattr(kernel, "launch_shape", lambda plan: (slice_size, *shape(plan)[1:]))
     rng = random.Random(slice_size)
     for build in BUILDS:
         agree(boundary_case(rng, build, largest_batch=100), device)
         agree(random_case(rng, build, largest_batch=100), device)
     lengths = [rng.randint(0, 5000) for _ in range(1000)]
-    args = {"batch_size": 1000, "max_seqlen_q": 1, "max_seqlen_k": 5000, "num_heads": 8, "num_heads_k": 1, "headdim": 64}
+    args = {
+        "batch_size": 1000,
+        "max_seqlen_q": 1,
+        "max_seqlen_k": 5000,
+        "num_heads": 8,
+        "num_heads_k": 1,
+        "headdim": 64,
+    }
     if slice_size >= 32:  # two groups
         agree(Case("sglang-kernel-0.4.2", args | {"cache_seqlens": lengths}), device)
 

@@ -7,10 +7,9 @@ import subprocess
 import sys
 from typing import Any
 
+import fa3_metadata
 import pytest
 import torch
-
-import fa3_metadata
 from fa3_metadata import detect
 from fa3_metadata.triton_kernels import builds
 
@@ -28,7 +27,8 @@ def parameters(function: Any) -> list[tuple[str, Any, bool]]:
 
 def test_exported_names() -> None:
     assert fa3_metadata.__all__ == [
-        "DetectedBuild", "MetadataLayout", "detect_build", "get_scheduler_metadata", "metadata_layout", "unpack_metadata",
+        "DetectedBuild", "MetadataLayout", "detect_build", "get_scheduler_metadata", "metadata_layout",
+        "unpack_metadata",
     ]  # fmt: skip
     assert all(hasattr(fa3_metadata, name) for name in fa3_metadata.__all__)
 
@@ -56,8 +56,10 @@ def test_signature_is_that_of_sglang_kernel_with_keyword_only_extras() -> None:
         ("sglang-kernel-0.4.2", {}, ("num_splits_dynamic", "num_m_blocks", "varlen_batch_idx"), 25),
         ("sgl-kernel-0.3.21", {"causal": True, "page_size": 64},
          ("num_splits_dynamic", "num_m_blocks", "varlen_batch_idx", "num_nheads_in_l2"), 33),
-        ("flash-attn-3-3.0.0", {"window_size": (100, 0)}, ("num_splits_dynamic", "num_m_blocks", "num_nheads_in_l2"), 25),
-        ("sgl-kernel-0.3.20", {"arch": 80, "num_splits": 1}, ("num_splits_dynamic", "num_m_blocks", "varlen_batch_idx"), 24),
+        ("flash-attn-3-3.0.0", {"window_size": (100, 0)},
+         ("num_splits_dynamic", "num_m_blocks", "num_nheads_in_l2"), 25),
+        ("sgl-kernel-0.3.20", {"arch": 80, "num_splits": 1},
+         ("num_splits_dynamic", "num_m_blocks", "varlen_batch_idx"), 24),
         ("vllm-0.33.0", {"num_splits": 1}, ("packed_seqlen_q",), 9),
         ("vllm-0.33.0", {"num_splits": 4, "window_size": (100, 0)},
          ("packed_seqlen_q", "num_splits_dynamic", "num_nheads_in_l2"), 25),
@@ -153,7 +155,8 @@ def test_works_without_triton() -> None:
         "import sys; sys.modules['triton'] = None\n"
         "import torch, fa3_metadata as f\n"
         "c = torch.tensor([70, 5000], dtype=torch.int32)\n"
-        "print(f.get_scheduler_metadata(2, 1, 8192, 8, 1, 128, c, num_splits=4, build='sglang-kernel-0.4.2')[:2].tolist())\n"
+        "made = f.get_scheduler_metadata(2, 1, 8192, 8, 1, 128, c, num_splits=4, build='sglang-kernel-0.4.2')\n"
+        "print(made[:2].tolist())\n"
         "try: f.get_scheduler_metadata(2, 1, 8192, 8, 1, 128, c, backend='triton')\n"
         "except RuntimeError as error: print(error)\n"
     )

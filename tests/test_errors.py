@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import fa3_metadata
 import pytest
 import torch
-
-import fa3_metadata
 
 GOOD = {"batch_size": 4, "max_seqlen_q": 1, "max_seqlen_k": 4096, "num_heads": 8, "num_heads_k": 1, "headdim": 128}
 INTS = torch.tensor([5, 100, 4096, 0], dtype=torch.int32)
@@ -61,7 +60,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"arch": 80, "build": "vllm-0.33.0"}, ValueError, "arch must be 90 for the vllm build, got 80"),
     ({"out": [0] * 13}, TypeError, "out must be a tensor, got list"),
     ({"out": torch.zeros(13)}, TypeError, "out must have dtype int32, got torch.float32"),
-    ({"out": torch.zeros(12, dtype=torch.int32)}, ValueError, "out must be a contiguous 1-D tensor of at least 13 elem"),
+    ({"out": torch.zeros(12, dtype=torch.int32)}, ValueError, "out must be a contiguous 1-D tensor of at least 13"),
     ({"out": torch.zeros(26, dtype=torch.int32)[::2]}, ValueError, r"out must be a contiguous .* strides \(2,\)"),
     ({"out": torch.zeros((1, 13), dtype=torch.int32)}, ValueError, r"out must be a contiguous 1-D .*shape \(1, 13\)"),
     ({"out": torch.zeros(13, dtype=torch.int32, device="meta")}, ValueError, "out must be on cpu like cache_seqlens"),
@@ -77,7 +76,9 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("change", "error", "message"), BAD, ids=[f"{list(c)[0]}-{i}" for i, (c, _, _) in enumerate(BAD)])
+@pytest.mark.parametrize(
+    ("change", "error", "message"), BAD, ids=[f"{next(iter(c))}-{i}" for i, (c, _, _) in enumerate(BAD)]
+)
 def test_raises_and_writes_nothing(change: dict[str, Any], error: type[Exception], message: str) -> None:
     out = torch.full((13,), -7, dtype=torch.int32)
     arguments = GOOD | {"cache_seqlens": INTS, "out": out, "build": "sglang-kernel-0.4.2"} | change
@@ -94,7 +95,11 @@ def test_layout_raises_the_same() -> None:
 @pytest.mark.parametrize(
     ("tensor", "error", "message"),
     [
-        (torch.zeros(12, dtype=torch.int32), ValueError, r"tensor must have shape \(13,\) for this layout, got \(12,\)"),
+        (
+            torch.zeros(12, dtype=torch.int32),
+            ValueError,
+            r"tensor must have shape \(13,\) for this layout, got \(12,\)",
+        ),
         (torch.zeros(13), TypeError, "tensor must be an int32 tensor, got torch.float32"),
         ([0] * 13, TypeError, "tensor must be an int32 tensor, got list"),
     ],

@@ -5,11 +5,10 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
+import fa3_metadata
 import pytest
 import torch
-
-import fa3_metadata
-from fa3_metadata.detect import BUILD_VARIABLE, DEFAULT_BUILD, SEARCH_ORDER, installed_version
+from fa3_metadata.detect import BUILD_VARIABLE, SEARCH_ORDER, installed_version
 from fa3_metadata.forward import DecodeBatch, attend, make_decode_batch
 from fa3_metadata.native import native_op
 
@@ -122,7 +121,26 @@ LENGTHS: dict[str, list[int]] = {
     "beyond_992": [((i * 104729) % 600) + 1 for i in range(1003)],
 }
 MASKS = {"causal": (True, (-1, -1)), "full": (False, (-1, -1)), "window": (True, (300, 0))}
-SCHEDULES: dict[str, Callable[[DecodeBatch], int]] = {"heuristic": lambda _: 0, "up to 7": lambda _: 7, "one": lambda _: 1}
+SCHEDULES: dict[str, Callable[[DecodeBatch], int]] = {
+    "heuristic": lambda _: 0,
+    "up to 7": lambda _: 7,
+    "one": lambda _: 1,
+}
+
+
+def attend_alone(batch: DecodeBatch, num_splits: int) -> torch.Tensor:
+    """The wheel's own path, which makes its metadata in every layer.
+
+    sgl-kernel 0.3.21 was built for an older torch; on a newer one its allocation of that metadata fails now and
+    then with this message, whatever the arguments, and works when called again.
+    """
+    for _ in range(50):
+        try:
+            return attend(str(WHEEL), batch, None, num_splits)
+        except RuntimeError as error:
+            if "doesn't have storage" not in str(error):
+                raise
+    raise RuntimeError("the wheel's own path failed 50 times in a row")
 
 
 @needs_wheel
@@ -142,7 +160,7 @@ def test_forward_gives_the_same_bits_with_our_metadata_as_without(
             metadata = fa3_metadata.get_scheduler_metadata(
                 **batch.problem_arguments(), num_splits=num_splits, build=WHEEL
             )
-            expected = attend(str(WHEEL), batch, None, num_splits)
+            expected = attend_alone(batch, num_splits)
             for layer in range(2):  # the semaphore must be zero again after each use
                 got = attend(str(WHEEL), batch, metadata, num_splits)
                 assert torch.equal(got, expected), f"{schedule}, q length {seqlen_q}, layer {layer}"
@@ -151,4 +169,4 @@ def test_forward_gives_the_same_bits_with_our_metadata_as_without(
 @needs_wheel
 def test_the_wheel_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(BUILD_VARIABLE, raising=False)
-    assert fa3_metadata.detect_build().build == WHEEL != DEFAULT_BUILD or DEFAULT_BUILD == WHEEL
+    assert fa3_metadata.detect_build().build == WHEEL

@@ -6,7 +6,6 @@ import itertools
 
 import numpy as np
 import pytest
-
 from fa3_metadata.triton_kernels import tiles
 from fa3_metadata.triton_kernels.builds import RELEASES, SGLANG, UPSTREAM, FA3Rules
 from fa3_metadata.triton_kernels.plan import make_plan
@@ -65,7 +64,9 @@ SM8X = [
 
 @pytest.mark.parametrize("rules", [UPSTREAM, SGLANG], ids=lambda r: r.name)
 @pytest.mark.parametrize(("asked", "block_n"), SM8X)
-def test_sm8x_tiles(rules: FA3Rules, asked: tuple[int, int, tuple[int, int], int | None, int, int], block_n: int) -> None:
+def test_sm8x_tiles(
+    rules: FA3Rules, asked: tuple[int, int, tuple[int, int], int | None, int, int], block_n: int
+) -> None:
     arch, headdim, window, page_size, new, splits = asked
     problem = Problem(
         2, 4, 9000, 8, 2, headdim, window_size=window, page_size=page_size, max_seqlen_k_new=new, num_splits=splits,

@@ -126,21 +126,19 @@ def _dotted(version: tuple[int, ...]) -> str:
     return ".".join("x" if part == 99 else str(part) for part in version)
 
 
+def package_of(build: str) -> str:
+    """The package that `build`, "package-version", names; `ValueError` for one that is not known."""
+    return _parse(build)[0]
+
+
 def rules_for(build: str) -> FA3Rules:
     """The rules of `build`, "package-version" such as "sglang-kernel-0.4.2".
 
     A local suffix (`+cu130`) and `.postN` are ignored. Raises `ValueError` for a package or a version
     whose metadata layout is not known, and for pre-releases, whose layout no version number tells.
     """
-    if not isinstance(build, str):
-        raise TypeError(f"build must be a string such as {DEFAULT_BUILD!r}, got {build!r}")
-    match = re.fullmatch(r"([A-Za-z][\w-]*?)-v?(\d[^-]*)", build.strip())
-    package = match[1].lower().replace("_", "-") if match else build
-    if match is None or package not in PACKAGES:
-        raise ValueError(
-            f"build {build!r} is not known; supported are {supported_builds()}, written like {DEFAULT_BUILD!r}"
-        )
-    version = re.fullmatch(r"(\d+(?:\.\d+)*)(\.post\d+)?(\+.*)?", match[2])
+    package, text = _parse(build)
+    version = re.fullmatch(r"(\d+(?:\.\d+)*)(\.post\d+)?(\+.*)?", text)
     if version:
         number = tuple(map(int, version[1].split(".")))
         number += (0,) * (3 - len(number))
@@ -148,9 +146,21 @@ def rules_for(build: str) -> FA3Rules:
             if release.package == package and release.oldest <= number <= release.newest:
                 return release.rules
     raise ValueError(
-        f"build {build!r}: version {match[2]} of {package} is not supported (supported are "
+        f"build {build!r}: version {text} of {package} is not supported (supported are "
         f"{supported_builds()}); older ones use another metadata layout, newer ones have not been verified. "
         f"Install a supported version, or, if you know that yours behaves like one of these, name that one as build"
+    )
+
+
+def _parse(build: str) -> tuple[str, str]:
+    """(package, version) of a known package."""
+    if not isinstance(build, str):
+        raise TypeError(f"build must be a string such as {DEFAULT_BUILD!r}, got {build!r}")
+    match = re.fullmatch(r"([A-Za-z][\w-]*?)-v?(\d[^-]*)", build.strip())
+    if match and (package := match[1].lower().replace("_", "-")) in PACKAGES:
+        return package, match[2]
+    raise ValueError(
+        f"build {build!r} is not known; supported are {supported_builds()}, written like {DEFAULT_BUILD!r}"
     )
 
 

@@ -62,7 +62,13 @@ def _num_blocks(lengths, strides, i, mask, max_seqlen_q, max_seqlen_k_new, q_hea
 
 @triton.jit
 def _cdiv(a, b):
-    return ((a + b - 1).to(tl.uint32) // b.to(tl.uint32)).to(tl.int32)  # unsigned division is the cheaper one
+    """cdiv(a, b) for a >= 0, b > 0, exact in int32: cheaper than an integer division on a GPU."""
+    a += b - 1
+    inverse = 1.0 / b.to(tl.float32)
+    quotient = (a.to(tl.float32) * inverse).to(tl.int32)  # off by a few in 2^22
+    quotient += ((a - quotient * b).to(tl.float32) * inverse).to(tl.int32)  # off by one at most
+    remainder = a - quotient * b
+    return quotient + (remainder >= b).to(tl.int32) - (remainder < 0).to(tl.int32)
 
 
 @triton.jit
@@ -92,6 +98,7 @@ def prepare_varlen_num_blocks_kernel(
     SPLITS_ROW: tl.constexpr, M_BLOCKS_ROW: tl.constexpr, SEQLEN_Q_ROW: tl.constexpr,
     BATCH_IDX_ROW: tl.constexpr, NHEADS_ROW: tl.constexpr,  # place of each row; None: not in this layout
     NUM_ROWS: tl.constexpr, HAS_SEMAPHORE: tl.constexpr,
+    DYNAMIC_SPLITS: tl.constexpr,  # False: every sequence has one split
     SLICE: tl.constexpr,  # sequences a program writes: a power of two
     GROUP: tl.constexpr,  # sequences a program looks at: a power of two, no less than its group
 ):  # fmt: skip
@@ -111,14 +118,16 @@ def prepare_varlen_num_blocks_kernel(
                                       q_heads_per_row, tile_m, tile_n)  # fmt: skip
 
     # blocks -> total -> splits. FA3's order of rounding: each product to float32, a 10 % margin.
-    total_blocks = tl.sum(group_m * group_n)
-    blocks_per_sm = tl.ceil(total_blocks.to(tl.float32) * 1.1 * num_heads.to(tl.float32) * sms_reciprocal).to(tl.int32)
-    splits, num_n = _split(num_n, blocks_per_sm, num_splits)
+    splits = tl.full((SLICE,), 1, tl.int32)
+    if DYNAMIC_SPLITS:
+        total = tl.sum(group_m * group_n)
+        blocks_per_sm = tl.ceil(total.to(tl.float32) * 1.1 * num_heads.to(tl.float32) * sms_reciprocal).to(tl.int32)
+        splits, num_n = _split(num_n, blocks_per_sm, num_splits)
+        _, group_n = _split(group_n, blocks_per_sm, num_splits)
 
     # splits -> order: falling key, ties in batch order.
     position = i
     if BATCH_IDX_ROW is not None:
-        _, group_n = _split(group_n, blocks_per_sm, num_splits)
         key = tl.where(is_causal != 0, num_n * tile_n[0] - num_m * tile_m[0], num_n)
         group_key = tl.where(is_causal != 0, group_n * tile_n[0] - group_m * tile_m[0], group_n)
         group_key = tl.where(in_group, group_key, -2147483648)
@@ -152,13 +161,20 @@ def prepare_varlen_num_blocks_kernel(
 INTERPRETED = not isinstance(prepare_varlen_num_blocks_kernel, triton.JITFunction)  # TRITON_INTERPRET=1
 
 
-def launch_shape(batch_size: int, is_sorted: bool) -> tuple[int, int, int]:
-    """(SLICE, GROUP, num_warps) for a batch."""
+# GROUP -> (SLICE, num_warps), where the order is counted: measured on an H200. Small slices make many programs.
+_SORTED_SHAPES = {32: (4, 4), 64: (2, 2), 128: (2, 2), 256: (4, 4), 512: (4, 8), 1024: (4, 8)}
+
+
+def launch_shape(plan: LaunchPlan) -> tuple[int, int, int]:
+    """(SLICE, GROUP, num_warps) for a plan. Batch sizes share six values of GROUP, so that few kernels are compiled."""
+    batch_size = plan.layout.batch_size
     group = max(32, triton.next_power_of_2(min(batch_size, MAX_DYNAMIC_SPLIT_BATCH)))
-    if not is_sorted or INTERPRETED:  # the interpreter's time is per program
+    if not plan.layout.is_sorted or INTERPRETED:  # the interpreter's time is per program
         return group, group, max(1, min(8, group // 128))
-    slice_ = {32: 32, 64: 16, 128: 16, 256: 16, 512: 8, 1024: 8}[group]
-    return slice_, group, max(1, min(8, group // 64))
+    if group == 1024 and not plan.dynamic_splits:
+        return 8, group, 4
+    slice_, num_warps = _SORTED_SHAPES[group]
+    return slice_, group, num_warps
 
 
 @lru_cache(maxsize=64)
@@ -187,7 +203,7 @@ def triton_metadata(
     lengths = (cache_seqlens, cu_seqlens_q, seqused_q, cu_seqlens_k_new, leftpad_k)
     strides = tuple(1 if t is None else t.stride(0) for t in lengths)
     row = {name: place for place, name in enumerate(layout.row_names)}
-    slice_, group, num_warps = launch_shape(layout.batch_size, layout.is_sorted)
+    slice_, group, num_warps = launch_shape(plan)
     largest_group = min(layout.batch_size, MAX_DYNAMIC_SPLIT_BATCH)
     grid = (triton.cdiv(largest_group, slice_) or 1, triton.cdiv(layout.batch_size, MAX_DYNAMIC_SPLIT_BATCH) or 1)
     prepare_varlen_num_blocks_kernel[grid](
@@ -200,7 +216,7 @@ def triton_metadata(
         plan.q_heads_per_row,
         _tile_divisor(plan.block_m),
         _tile_divisor(plan.block_n),
-        plan.num_splits if plan.dynamic_splits else 1,
+        plan.num_splits,
         plan.num_heads,
         plan.heads_per_l2_head,
         plan.max_kvblocks_in_l2,
@@ -213,6 +229,7 @@ def triton_metadata(
         NHEADS_ROW=row.get("num_nheads_in_l2"),
         NUM_ROWS=len(layout.row_names),
         HAS_SEMAPHORE=layout.has_semaphore,
+        DYNAMIC_SPLITS=plan.dynamic_splits,
         SLICE=slice_,
         GROUP=group,
         num_warps=num_warps,

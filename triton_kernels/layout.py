@@ -44,10 +44,7 @@ class MetadataLayout:
     def rows(self) -> dict[str, slice]:
         """Row name to the slice of its `batch_size` valid elements."""
         starts = (i * self.row_stride for i in range(len(self.row_names)))
-        return {
-            name: slice(start, start + self.batch_size)
-            for name, start in zip(self.row_names, starts, strict=True)
-        }
+        return {name: slice(start, start + self.batch_size) for name, start in zip(self.row_names, starts, strict=True)}
 
     @property
     def semaphore(self) -> int | None:

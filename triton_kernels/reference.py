@@ -31,7 +31,7 @@ class Lengths:
 
 def reference_metadata(problem: Problem, plan: LaunchPlan, lengths: Lengths) -> Ints:
     """The metadata as an int32 array of `plan.layout.size` elements; padding is zero."""
-    seqlen_q, seqlen_k = _seqlens(problem, lengths)
+    seqlen_q, seqlen_k = sequence_lengths(problem, lengths)
     seqlen_q = seqlen_q * np.int32(plan.q_heads_per_row)
     num_m_blocks = _ceil_div(seqlen_q, plan.block_m)
     num_n_blocks = _ceil_div(seqlen_k, plan.block_n)
@@ -58,7 +58,7 @@ def reference_metadata(problem: Problem, plan: LaunchPlan, lengths: Lengths) -> 
     return metadata
 
 
-def _seqlens(problem: Problem, lengths: Lengths) -> tuple[Ints, Ints]:
+def sequence_lengths(problem: Problem, lengths: Lengths) -> tuple[Ints, Ints]:
     """Query tokens and keys of every sequence. A negative length counts as zero."""
     if lengths.seqused_q is not None:
         seqlen_q = lengths.seqused_q
@@ -107,4 +107,3 @@ def _num_nheads_in_l2(plan: LaunchPlan, num_n_blocks: Ints) -> Ints:
 
 def _ceil_div(a: Ints, b: int | Ints) -> Ints:
     return -(-a // b)
-

@@ -1,0 +1,27 @@
+PYTHON ?= python3
+WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+demo: environment  ## a realistic decode batch: its schedule, explained, checked and timed
+	@.venv/bin/fa3-metadata demo
+
+test: environment  ## every test that can run here; the others say why they are skipped
+	@.venv/bin/python -m pytest -n $(WORKERS) $(ARGS)
+
+lint:  ## ruff and mypy on both packages
+	@$(PYTHON) .ci/environment.py test lint
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@rm -rf .venv/typed && mkdir -p .venv/typed && cp -r integration .venv/typed/fa3_metadata
+	@cp -r triton_kernels .venv/typed/fa3_metadata/  # the folders as the import names have them
+	@MYPYPATH=.venv/typed .venv/bin/mypy -p fa3_metadata
+
+environment:
+	@$(PYTHON) .ci/environment.py test
+
+clean:  ## remove the environment and caches
+	rm -rf .venv .pytest_cache .hypothesis .mypy_cache .ruff_cache *.egg-info build
+
+.PHONY: help demo test lint environment clean

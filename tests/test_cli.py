@@ -1,0 +1,140 @@
+"""The command line: what it prints, and that mistakes end in one line and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import pytest
+from fa3_metadata import cli, demo
+from fa3_metadata.models import MODELS
+
+from .conftest import HAS_GPU
+
+SHAPE = ["explain", "--num-heads", "8", "--num-heads-k", "1", "--headdim", "128", "--build", "sglang-kernel-0.4.2"]
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert cli.main(list(arguments)) == 0
+    return capsys.readouterr().out
+
+
+def test_demo_explains_and_checks(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = run(capsys, "demo", "--build", "sglang-kernel-0.4.2")
+    for expected in ("llama-3.1-70b, tensor parallel 8: 8/1 q/KV heads", "rules of sglang", "kBlockM 64 x kBlockN 128",
+                     "num_splits  at most 109", "32 sequences, 127680 keys, 1008 key blocks"):  # fmt: skip
+        assert expected in printed
+    assert "bit for bit" in printed
+    if not HAS_GPU:
+        assert "runs on     this machine's CPU" in printed
+        assert "no CUDA GPU here" in printed
+
+
+def test_explain_takes_lengths_by_shorthand(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = run(capsys, "explain", "--model", "llama-3.1-8b", "--cache-seqlens", "65536,256x1023", "--json")
+    explained = json.loads(printed)
+    assert explained["totals"]["sequences"] == 1024
+    assert explained["totals"]["keys"] == 65536 + 256 * 1023
+    assert explained["sequences"][0] | {"key_blocks": 0, "blocks_per_split": 0} == {
+        "sequence": 0, "query_tokens": 1, "query_blocks": 1, "keys": 65536, "key_blocks": 0, "splits": 1,
+        "blocks_per_split": 0,
+    }  # fmt: skip
+
+
+def test_explain_says_what_a_long_batch_hides(capsys: pytest.CaptureFixture[str]) -> None:
+    short = run(capsys, *SHAPE, "--cache-seqlens", "500x40", "--no-check")
+    assert "... 16 more (--all shows them)" in short
+    full = run(capsys, *SHAPE, "--cache-seqlens", "500x40", "--no-check", "--all")
+    assert len(full.splitlines()) == len(short.splitlines()) + 15
+
+
+def test_explain_reads_arguments_from_a_file(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "call.json"
+    call = {"num_heads": 8, "num_heads_k": 1, "headdim": 128, "cache_seqlens": [900, 0, 70], "leftpad_k": [100, 0, 0],
+            "window_size": [255, 0], "page_size": 64, "max_seqlen_q": 2, "num_splits": 4}  # fmt: skip
+    path.write_text(json.dumps(call))
+    explained = json.loads(run(capsys, "explain", "--input", str(path), "--build", "sgl-kernel-0.3.21", "--json"))
+    assert explained["mask"] == {"causal": False, "local": True, "window_size": [255, 0]}
+    assert [entry["keys"] for entry in explained["sequences"]] == [800, 0, 70]
+    assert explained["layout"]["rows"] == {
+        "num_splits_dynamic": [0, 3],
+        "num_m_blocks": [4, 7],
+        "num_nheads_in_l2": [8, 11],
+    }
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("build", ["sgl-kernel-0.3.21", "sglang-kernel-0.4.2", "vllm-0.33.0"])
+def test_every_model_can_be_explained(capsys: pytest.CaptureFixture[str], model: str, build: str) -> None:
+    assert "4 sequences" in run(capsys, "explain", "--model", model, "--cache-seqlens", "9000,5x3", "--build", build)
+
+
+def test_an_empty_batch(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "call.json"
+    path.write_text('{"num_heads": 8, "num_heads_k": 1, "headdim": 128, "cache_seqlens": []}')
+    assert "(an empty batch)" in run(capsys, "explain", "--input", str(path))
+
+
+MISTAKES = [
+    ([], "required: command"),
+    (["tune"], "invalid choice: 'tune'"),
+    (["explain"], "cache_seqlens is needed"),
+    ([*SHAPE, "--cache-seqlens", "5x"], "must be like 65536,256x1023 (length, or length x count), got '5x'"),
+    ([*SHAPE, "--cache-seqlens", "-5"], "must be like"),
+    ([*SHAPE, "--cache-seqlens", ""], "must be like"),
+    ([*SHAPE, "--cache-seqlens", "5", "--num-splits", "300"], "num_splits must be from 0 to 256, got 300"),
+    ([*SHAPE, "--cache-seqlens", "5", "--window-size", "x"], "must be LEFT,RIGHT, two integers, got 'x'"),
+    ([*SHAPE, "--cache-seqlens", "700", "--max-seqlen-k", "600"], "max_seqlen_k must hold the longest sequence, 700"),
+    ([*SHAPE, "--cache-seqlens", "99999999999"], "cache_seqlens must be below 2147483648, got 99999999999"),
+    ([*SHAPE, "--cache-seqlens", "5", "--input", "/no/such/file"], "No such file"),
+    (["explain", "--cache-seqlens", "5"], "num_heads, num_heads_k, headdim needed: give --model"),
+    (["explain", "--model", "gpt-2", "--cache-seqlens", "5"], "invalid choice: 'gpt-2'"),
+    (["explain", "--model", "llama-3.1-8b", "--tp", "5", "--cache-seqlens", "5"], "tp must divide the 32 q heads"),
+    (
+        ["explain", "--model", "llama-3.1-8b", "--build", "torch-1", "--cache-seqlens", "5"],
+        "build 'torch-1' is not known",
+    ),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[str(i) for i in range(len(MISTAKES))])
+def test_mistakes(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(arguments)
+    assert exit_.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    assert message in printed.err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("[1, 2]", "must hold a JSON object"), ("{", "Expecting property name"),
+     ('{"cache_seqlens": "5", "heads": 1}', "num_heads"),
+     ('{"cache_seqlens": [5], "num_heads": 8, "num_heads_k": 1, "headdim": 64, "colour": 1}', "unexpected keyword")],
+)  # fmt: skip
+def test_mistakes_in_a_file(
+    capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path, text: str, message: str
+) -> None:
+    path = tmp_path / "call.json"
+    path.write_text(text)
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["explain", "--input", str(path)])
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_failed_check_is_reported(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Break the second implementation, and the demo must say so and exit with 1."""
+    honest = demo.get_scheduler_metadata
+
+    def wrong(**arguments: object) -> object:
+        made = honest(**arguments)  # type: ignore[arg-type]
+        made[0] += 1
+        return made
+
+    monkeypatch.setattr(demo, "get_scheduler_metadata", wrong)
+    assert cli.main(["demo", "--build", "sglang-kernel-0.4.2"]) == 1
+    assert "check failed: " in (printed := capsys.readouterr()).err
+    assert "differ in num_splits_dynamic" in printed.err
