@@ -50,7 +50,10 @@ def main() -> None:
     shared = has(sys.executable, "torch")
     print(f"making {VENV} {'around the torch of ' + sys.executable if shared else 'with a CPU build of torch'} ...")
     if not PYTHON.exists():
-        venv.create(VENV, with_pip=True, system_site_packages=shared)
+        venv.create(VENV, with_pip=True)
+        if shared:  # by a path file, since system_site_packages would look past a virtual environment
+            packages = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+            next(VENV.glob("lib/python*/site-packages")).joinpath("parent.pth").write_text("\n".join(packages) + "\n")
     if not has(PYTHON, "torch"):
         install_cpu_torch()
     isolation = ["--no-build-isolation"] if shared and has(PYTHON, "setuptools") else []

@@ -12,7 +12,7 @@ import torch
 from .api import get_scheduler_metadata, plan_call, unpack_metadata
 from .detect import installed_version
 from .forward import attend, kv_cache_bytes, make_decode_batch
-from .native import native_metadata, native_op
+from .native import native_metadata
 from .report import Explanation
 from .triton_kernels.builds import package_of
 
@@ -60,12 +60,12 @@ def _against_wheel(explanation: Explanation, arguments: dict[str, Any]) -> Itera
         return
     ours = _time_in_graph(lambda: get_scheduler_metadata(**arguments, out=explanation.metadata))
     try:
-        native_op(build)
+        equal = _agree(explanation, arguments, "native", f"Triton kernel and {package} {version}")
     except RuntimeError as error:
         yield f"skipped     the wheel's own op: {error}"
         yield f"time        metadata, one launch in a CUDA graph: {ours:.2f} us"
     else:
-        yield _agree(explanation, arguments, "native", f"Triton kernel and {package} {version}")
+        yield equal
         tensors, problem, _, _ = plan_call(arguments)
         assert tensors is not None
         theirs = _time_in_graph(lambda: native_metadata(build, problem, tensors))
@@ -102,15 +102,14 @@ def _forward(explanation: Explanation, wheel: str) -> Iterator[str]:
         return attend(build, batch, None, plan.num_splits)
 
     try:
-        expected = by_itself()
-        torch.cuda.synchronize()
+        equal = torch.equal(with_ours(), by_itself())
+        ours, theirs = _time_in_graph(with_ours), _time_in_graph(by_itself)
     except Exception as error:  # whatever a wheel raises for what it was not built for
-        yield f"skipped     a real forward: {wheel} cannot run this shape: {str(error).splitlines()[0]}"
+        yield f"skipped     a real forward: {wheel} does not run it here: {str(error).splitlines()[0]}"
         return
-    if not torch.equal(with_ours(), expected):
+    if not equal:
         raise MismatchError(f"the forward of {wheel} gives other bits with our metadata")
     yield f"equal       attention of {wheel} with our metadata and with its own, bit for bit"
-    ours, theirs = _time_in_graph(with_ours), _time_in_graph(by_itself)
     times = f"with our metadata {ours:.2f} us, without {theirs:.2f} us"
     yield f"time        attention of one layer in a CUDA graph: {times}"
 

@@ -52,6 +52,8 @@ def native_metadata(build: str, problem: Problem, tensors: LengthTensors) -> tor
     p = problem
     if (p.arch, p.num_sms) != device_facts(device, None, None):
         raise RuntimeError('backend="native" answers for the device of cache_seqlens: leave arch and num_sms out')
+    if p.batch_size == 0:
+        raise RuntimeError('backend="native" cannot take an empty batch: the op crashes the process')
     op = native_op(build)
     chunk = (p.attention_chunk,) if rules_for(build).has_attention_chunk else ()
     with torch.cuda.device(device):
