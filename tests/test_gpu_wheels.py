@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable
 
@@ -129,21 +130,20 @@ SCHEDULES: dict[str, Callable[[DecodeBatch], int]] = {
 
 
 def attend_again(batch: DecodeBatch, metadata: torch.Tensor | None, num_splits: int) -> torch.Tensor:
-    """`attend`, called again where a wheel meets a torch it was not built for.
+    """`attend`, called again on copies where a wheel meets a torch it was not built for.
 
     sgl-kernel 0.3.21 was built for an older torch. On a newer one a tensor that it allocates is broken now and then,
-    depending on what was in the host memory of the tensor object before; fresh memory gives a sound one.
+    depending on what was in host memory before; with other tensor objects as inputs it is not the same memory.
     """
-    fresh: list[torch.Tensor] = []
-    for _ in range(10):
+    for _ in range(60):
         try:
             return attend(str(WHEEL), batch, metadata, num_splits)
         except RuntimeError as error:
             if "doesn't have storage" not in str(error):
                 raise
-            fresh += [torch.empty(1) for _ in range(3000)]
-            fresh += [torch.empty(1, device="cuda") for _ in range(10)]
-    raise RuntimeError("the wheel failed ten times in a row")
+            copies = {name: value.clone() for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+            batch = dataclasses.replace(batch, **copies)
+    raise RuntimeError("the wheel failed 60 times in a row")
 
 
 @needs_wheel
