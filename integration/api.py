@@ -222,15 +222,14 @@ def host_lengths(tensors: LengthTensors) -> Lengths:
 
 def _launch(problem: Problem, plan: LaunchPlan, tensors: LengthTensors, out: torch.Tensor) -> None:
     try:
-        from .triton_kernels import kernel
+        from .triton_kernels import launch
     except ImportError as error:
         raise RuntimeError(f'backend="triton" needs Triton, which does not import here: {error}') from error
-    if out.device.type == "cpu" and not kernel.INTERPRETED:
+    if out.device.type == "cpu" and not launch.INTERPRETED:
         raise RuntimeError(
             'backend="triton" runs on CPU tensors only in Triton\'s interpreter: set TRITON_INTERPRET=1 before '
             'triton is imported, or use backend="reference"'
         )
-    launch = kernel.triton_metadata
     lengths = (
         tensors.cache_seqlens,
         tensors.cu_seqlens_q,
@@ -240,6 +239,6 @@ def _launch(problem: Problem, plan: LaunchPlan, tensors: LengthTensors, out: tor
     )
     if out.device.type == "cuda" and out.device.index != torch.cuda.current_device():
         with torch.cuda.device(out.device):
-            launch(problem, plan, *lengths, out)
+            launch.triton_metadata(problem, plan, lengths, out)
     else:
-        launch(problem, plan, *lengths, out)
+        launch.triton_metadata(problem, plan, lengths, out)

@@ -7,7 +7,7 @@ import random
 import fa3_metadata
 import pytest
 import torch
-from fa3_metadata.triton_kernels import kernel
+from fa3_metadata.triton_kernels import launch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -54,8 +54,8 @@ def test_slices_of_any_size_give_the_same(
     slice_size: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The interpreter runs one program a group; a GPU runs many. Here the interpreter runs many, too."""
-    shape = kernel.launch_shape
-    monkeypatch.setattr(kernel, "launch_shape", lambda plan: (slice_size, *shape(plan)[1:]))
+    shape = launch.launch_shape
+    monkeypatch.setattr(launch, "launch_shape", lambda *batch: (slice_size, *shape(*batch)[1:]))
     rng = random.Random(slice_size)
     for build in BUILDS:
         agree(boundary_case(rng, build, largest_batch=100), device)

@@ -8,24 +8,26 @@ the place of its own few sequences in the order by counting those that go before
 
 from __future__ import annotations
 
-from functools import lru_cache
-
-import torch
 import triton
 import triton.language as tl
 
-from .plan import MAX_DYNAMIC_SPLIT_BATCH, LaunchPlan
-from .problem import Problem
-from .reciprocal import approximate_reciprocal
+from .plan import MAX_DYNAMIC_SPLIT_BATCH
 
 SORT_GROUP = tl.constexpr(MAX_DYNAMIC_SPLIT_BATCH)
+# Nothing that changes from step to step specialises a kernel: neither a number's value nor a pointer's alignment.
+_NUMBERS = [
+    "stride_0", "stride_1", "stride_2", "stride_3", "stride_4", "batch_size", "max_seqlen_q", "max_seqlen_k_new",
+    "q_heads_per_row", "block_m", "multiplier_m", "block_n", "multiplier_n", "num_splits", "num_heads",
+    "heads_per_l2_head", "max_kvblocks_in_l2", "is_causal", "sms_reciprocal",
+]  # fmt: skip
+_POINTERS = ["out", "table", "cache_seqlens", "cu_seqlens_q", "seqused_q", "cu_seqlens_k_new", "leftpad_k"]
+TABLE_COLUMNS = tl.constexpr(12)
 
 
 @triton.jit
-def _load(lengths, strides, k: tl.constexpr, i, mask):
-    """Elements `i` of the k-th lengths tensor, as int32."""
-    offset = i.to(tl.int64) if strides is None else i.to(tl.int64) * strides[k]
-    return tl.load(lengths + offset, mask=mask, other=0).to(tl.int32)
+def _load(lengths, stride, i, mask):
+    """Elements `i` of a lengths tensor as int32."""
+    return tl.load(lengths + i.to(tl.int64) * stride, mask=mask, other=0).to(tl.int32)
 
 
 @triton.jit
@@ -40,17 +42,18 @@ def _num_blocks(lengths, strides, i, mask, max_seqlen_q, max_seqlen_k_new, q_hea
     """Query rows, query blocks and key blocks of sequences `i`; zero where `mask` is off."""
     cache_seqlens, cu_seqlens_q, seqused_q, cu_seqlens_k_new, leftpad_k = lengths
     if seqused_q is not None:
-        seqlen_q = _load(seqused_q, strides, 2, i, mask)
+        seqlen_q = _load(seqused_q, strides[2], i, mask)
     elif cu_seqlens_q is not None:
-        seqlen_q = _load(cu_seqlens_q, strides, 1, i + 1, mask) - _load(cu_seqlens_q, strides, 1, i, mask)
+        seqlen_q = _load(cu_seqlens_q, strides[1], i + 1, mask) - _load(cu_seqlens_q, strides[1], i, mask)
     else:
         seqlen_q = tl.where(mask, max_seqlen_q, 0)
 
-    seqlen_k = _load(cache_seqlens, strides, 0, i, mask)
+    seqlen_k = _load(cache_seqlens, strides[0], i, mask)
     if leftpad_k is not None:
-        seqlen_k -= _load(leftpad_k, strides, 4, i, mask)
+        seqlen_k -= _load(leftpad_k, strides[4], i, mask)
     if cu_seqlens_k_new is not None:
-        seqlen_k += _load(cu_seqlens_k_new, strides, 3, i + 1, mask) - _load(cu_seqlens_k_new, strides, 3, i, mask)
+        new = strides[3]
+        seqlen_k += _load(cu_seqlens_k_new, new, i + 1, mask) - _load(cu_seqlens_k_new, new, i, mask)
     else:
         seqlen_k += tl.where(mask, max_seqlen_k_new, 0)
 
@@ -80,29 +83,23 @@ def _split(num_n_blocks, blocks_per_sm, num_splits):
     return splits, _cdiv(num_n_blocks, splits)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "strides", "batch_size", "max_seqlen_q", "max_seqlen_k_new", "q_heads_per_row", "tile_m", "tile_n",
-        "num_splits", "num_heads", "heads_per_l2_head", "max_kvblocks_in_l2", "is_causal", "sms_reciprocal",
-    ],
-    do_not_specialize_on_alignment=["out", "lengths"],
-)  # fmt: skip
-def prepare_varlen_num_blocks_kernel(
-    out,  # *i32, laid out by the ..._ROW constants
-    lengths,  # pointers to cache_seqlens, cu_seqlens_q, seqused_q, cu_seqlens_k_new, leftpad_k; i32, i64 or None
-    strides,  # their strides in elements, or None where all are contiguous
-    batch_size, max_seqlen_q, max_seqlen_k_new, q_heads_per_row,
-    tile_m, tile_n,  # kBlockM and kBlockN, each with its multiplier for _cdiv_tile
-    num_splits, num_heads, heads_per_l2_head, max_kvblocks_in_l2, is_causal,
-    sms_reciprocal,  # f32, approximate: see reciprocal.py
-    SPLITS_ROW: tl.constexpr, M_BLOCKS_ROW: tl.constexpr, SEQLEN_Q_ROW: tl.constexpr,
-    BATCH_IDX_ROW: tl.constexpr, NHEADS_ROW: tl.constexpr,  # place of each row; None: not in this layout
-    NUM_ROWS: tl.constexpr, HAS_SEMAPHORE: tl.constexpr,
-    DYNAMIC_SPLITS: tl.constexpr,  # False: every sequence has one split
-    SLICE: tl.constexpr,  # sequences a program writes: a power of two
-    GROUP: tl.constexpr,  # sequences a program looks at: a power of two, no less than its group
+@triton.jit
+def _write_metadata(
+    out, lengths, strides, batch_size, max_seqlen_q, max_seqlen_k_new,
+    q_heads_per_row, tile_m, tile_n, num_splits, num_heads, heads_per_l2_head, max_kvblocks_in_l2, is_causal,
+    sms_reciprocal,
+    SPLITS_ROW: tl.constexpr, M_BLOCKS_ROW: tl.constexpr, SEQLEN_Q_ROW: tl.constexpr, BATCH_IDX_ROW: tl.constexpr,
+    NHEADS_ROW: tl.constexpr, NUM_ROWS: tl.constexpr, HAS_SEMAPHORE: tl.constexpr, DYNAMIC_SPLITS: tl.constexpr,
+    SLICE: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Program (x, y) writes the metadata of slice x of group y; the first one the semaphore too."""
+    """Program (x, y) writes the metadata of slice x of group y; the first one the semaphore too.
+
+    `out` is int32, laid out by the ..._ROW constants (the place of each row; -1: not in this layout). `lengths` are
+    pointers to cache_seqlens, cu_seqlens_q, seqused_q, cu_seqlens_k_new and leftpad_k, int32, int64 or None, and
+    `strides` theirs in elements. `tile_m`, `tile_n`: kBlockM and kBlockN, each with its multiplier for _cdiv_tile.
+    `sms_reciprocal`: float32, approximate as in reciprocal.py. A program writes SLICE sequences and looks at the
+    GROUP of at most 992 that they are sorted in; both are powers of two.
+    """
     group_start = tl.program_id(1) * SORT_GROUP
     group_end = tl.minimum(group_start + SORT_GROUP, batch_size)
     first = group_start + tl.program_id(0) * SLICE
@@ -127,7 +124,7 @@ def prepare_varlen_num_blocks_kernel(
 
     # splits -> order: falling key, ties in batch order.
     position = i
-    if BATCH_IDX_ROW is not None:
+    if BATCH_IDX_ROW >= 0:
         key = tl.where(is_causal != 0, num_n * tile_n[0] - num_m * tile_m[0], num_n)
         group_key = tl.where(is_causal != 0, group_n * tile_n[0] - group_m * tile_m[0], group_n)
         group_key = tl.where(in_group, group_key, -2147483648)
@@ -138,15 +135,15 @@ def prepare_varlen_num_blocks_kernel(
     # order -> rows
     row_stride = tl.cdiv(batch_size, 4) * 4
     out_rows = out + position
-    if SPLITS_ROW is not None:
+    if SPLITS_ROW >= 0:
         tl.store(out_rows + SPLITS_ROW * row_stride, splits, mask=mine)
-    if M_BLOCKS_ROW is not None:
+    if M_BLOCKS_ROW >= 0:
         tl.store(out_rows + M_BLOCKS_ROW * row_stride, num_m, mask=mine)
-    if SEQLEN_Q_ROW is not None:
+    if SEQLEN_Q_ROW >= 0:
         tl.store(out_rows + SEQLEN_Q_ROW * row_stride, rows, mask=mine)
-    if BATCH_IDX_ROW is not None:
+    if BATCH_IDX_ROW >= 0:
         tl.store(out_rows + BATCH_IDX_ROW * row_stride, i, mask=mine)
-    if NHEADS_ROW is not None:
+    if NHEADS_ROW >= 0:
         blocks = tl.maximum(num_n, 1)
         kv_heads = tl.where(blocks * 2 <= max_kvblocks_in_l2, 2, 1)
         kv_heads = tl.where(blocks * 4 <= max_kvblocks_in_l2, 4, kv_heads)
@@ -158,79 +155,50 @@ def prepare_varlen_num_blocks_kernel(
         tl.store(out + NUM_ROWS * row_stride, 0, mask=first == 0)
 
 
-INTERPRETED = not isinstance(prepare_varlen_num_blocks_kernel, triton.JITFunction)  # TRITON_INTERPRET=1
-
-
-# GROUP -> (SLICE, num_warps), where the order is counted: measured on an H200. Small slices make many programs.
-_SORTED_SHAPES = {32: (4, 4), 64: (2, 2), 128: (2, 2), 256: (4, 4), 512: (4, 8), 1024: (4, 8)}
-
-
-def launch_shape(plan: LaunchPlan) -> tuple[int, int, int]:
-    """(SLICE, GROUP, num_warps) for a plan. Batch sizes share six values of GROUP, so that few kernels are compiled."""
-    batch_size = plan.layout.batch_size
-    group = max(32, triton.next_power_of_2(min(batch_size, MAX_DYNAMIC_SPLIT_BATCH)))
-    if not plan.layout.is_sorted or INTERPRETED:  # the interpreter's time is per program
-        return group, group, max(1, min(8, group // 128))
-    if group == 1024 and not plan.dynamic_splits:
-        return 8, group, 4
-    slice_, num_warps = _SORTED_SHAPES[group]
-    return slice_, group, num_warps
-
-
-@lru_cache(maxsize=64)
-def _tile_divisor(tile: int) -> tuple[int, int]:
-    """(tile, multiplier for _cdiv_tile as an int32 bit pattern)."""
-    multiplier = -(-(2**32) // (tile // 16))
-    return tile, multiplier - 2**32 if multiplier >= 2**31 else multiplier
-
-
-def triton_metadata(
-    problem: Problem,
-    plan: LaunchPlan,
-    cache_seqlens: torch.Tensor,
-    cu_seqlens_q: torch.Tensor | None,
-    seqused_q: torch.Tensor | None,
-    cu_seqlens_k_new: torch.Tensor | None,
-    leftpad_k: torch.Tensor | None,
-    out: torch.Tensor,
-) -> None:
-    """Write the metadata into `out` (int32, contiguous, at least `plan.layout.size` elements): one launch.
-
-    Lengths are 1-D int32 or int64 tensors on `out`'s device, of any stride. Nothing is read back, allocated or
-    synchronised. On CPU tensors it needs Triton's interpreter (TRITON_INTERPRET=1 before triton is imported).
-    """
-    layout = plan.layout
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_POINTERS)
+def prepare_varlen_num_blocks_kernel(
+    out, cache_seqlens, cu_seqlens_q, seqused_q, cu_seqlens_k_new, leftpad_k,
+    stride_0, stride_1, stride_2, stride_3, stride_4, batch_size, max_seqlen_q, max_seqlen_k_new,
+    q_heads_per_row, block_m, multiplier_m, block_n, multiplier_n, num_splits, num_heads, heads_per_l2_head,
+    max_kvblocks_in_l2, is_causal, sms_reciprocal,
+    LAYOUT: tl.constexpr, CONTIGUOUS: tl.constexpr, SLICE: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """The metadata of one batch. LAYOUT: see launch.layout_constants."""
     lengths = (cache_seqlens, cu_seqlens_q, seqused_q, cu_seqlens_k_new, leftpad_k)
-    strides = tuple(1 if t is None else t.stride(0) for t in lengths)
-    row = {name: place for place, name in enumerate(layout.row_names)}
-    slice_, group, num_warps = launch_shape(plan)
-    largest_group = min(layout.batch_size, MAX_DYNAMIC_SPLIT_BATCH)
-    grid = (triton.cdiv(largest_group, slice_) or 1, triton.cdiv(layout.batch_size, MAX_DYNAMIC_SPLIT_BATCH) or 1)
-    prepare_varlen_num_blocks_kernel[grid](
-        out,
-        lengths,
-        None if strides == (1, 1, 1, 1, 1) else strides,
-        layout.batch_size,
-        problem.max_seqlen_q,
-        problem.max_seqlen_k_new,
-        plan.q_heads_per_row,
-        _tile_divisor(plan.block_m),
-        _tile_divisor(plan.block_n),
-        plan.num_splits,
-        plan.num_heads,
-        plan.heads_per_l2_head,
-        plan.max_kvblocks_in_l2,
-        int(plan.is_causal),
-        float(approximate_reciprocal(plan.num_sms)),
-        SPLITS_ROW=row.get("num_splits_dynamic"),
-        M_BLOCKS_ROW=row.get("num_m_blocks"),
-        SEQLEN_Q_ROW=row.get("packed_seqlen_q"),
-        BATCH_IDX_ROW=row.get("varlen_batch_idx"),
-        NHEADS_ROW=row.get("num_nheads_in_l2"),
-        NUM_ROWS=len(layout.row_names),
-        HAS_SEMAPHORE=layout.has_semaphore,
-        DYNAMIC_SPLITS=plan.dynamic_splits,
-        SLICE=slice_,
-        GROUP=group,
-        num_warps=num_warps,
-    )
+    strides = (1, 1, 1, 1, 1) if CONTIGUOUS else (stride_0, stride_1, stride_2, stride_3, stride_4)
+    _write_metadata(
+        out, lengths, strides, batch_size, max_seqlen_q, max_seqlen_k_new,
+        q_heads_per_row, (block_m, multiplier_m), (block_n, multiplier_n), num_splits, num_heads, heads_per_l2_head,
+        max_kvblocks_in_l2, is_causal, sms_reciprocal,
+        LAYOUT[0], LAYOUT[1], LAYOUT[2], LAYOUT[3], LAYOUT[4], LAYOUT[5], LAYOUT[6], LAYOUT[7], SLICE, GROUP,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_POINTERS)
+def prepare_layer_groups_kernel(
+    out, table, cache_seqlens, cu_seqlens_q, seqused_q, cu_seqlens_k_new, leftpad_k,
+    stride_0, stride_1, stride_2, stride_3, stride_4, batch_size, max_seqlen_q, max_seqlen_k_new,
+    LAYOUTS: tl.constexpr, CONTIGUOUS: tl.constexpr, SLICE: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """The metadata of one batch for several groups of layers: program (x, y, z) works for group z.
+
+    `table` [groups, TABLE_COLUMNS] int32 holds the numbers of each group, and where in `out` its metadata starts.
+    """
+    lengths = (cache_seqlens, cu_seqlens_q, seqused_q, cu_seqlens_k_new, leftpad_k)
+    strides = (1, 1, 1, 1, 1) if CONTIGUOUS else (stride_0, stride_1, stride_2, stride_3, stride_4)
+    row = table + tl.program_id(2) * TABLE_COLUMNS
+    tile_m = (tl.load(row + 1), tl.load(row + 2))
+    tile_n = (tl.load(row + 3), tl.load(row + 4))
+    sms_reciprocal = tl.load(row + 10).to(tl.float32, bitcast=True)
+    for z in tl.static_range(len(LAYOUTS)):
+        if tl.program_id(2) == z:
+            _write_metadata(
+                out + tl.load(row + 11), lengths, strides, batch_size, max_seqlen_q, max_seqlen_k_new,
+                tl.load(row), tile_m, tile_n, tl.load(row + 5), tl.load(row + 6), tl.load(row + 7),
+                tl.load(row + 8), tl.load(row + 9), sms_reciprocal,
+                LAYOUTS[z][0], LAYOUTS[z][1], LAYOUTS[z][2], LAYOUTS[z][3], LAYOUTS[z][4], LAYOUTS[z][5],
+                LAYOUTS[z][6], LAYOUTS[z][7], SLICE, GROUP,
+            )  # fmt: skip
+
+
+INTERPRETED = not isinstance(prepare_varlen_num_blocks_kernel, triton.JITFunction)  # TRITON_INTERPRET=1
