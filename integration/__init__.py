@@ -4,16 +4,45 @@ metadata = fa3_metadata.get_scheduler_metadata(batch_size, 1, max_seqlen_k, 32, 
 out = flash_attn_with_kvcache(q, k_cache, v_cache, ..., scheduler_metadata=metadata)
 """
 
+from typing import TYPE_CHECKING, Any
+
+from . import ops as _ops  # noqa: F401 (registers the torch operators)
 from .api import get_scheduler_metadata, metadata_layout, unpack_metadata
 from .detect import DetectedBuild, detect_build
+from .install import install, uninstall
+from .layer_plan import MetadataPlan, MetadataPlans
 from .triton_kernels.layout import MetadataLayout
+from .wrapper import step, wrap_forward
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    flash_attn_with_kvcache: Callable[..., Any]
 
 __version__ = "0.1.0"
 __all__ = [
     "DetectedBuild",
     "MetadataLayout",
+    "MetadataPlan",
+    "MetadataPlans",
     "detect_build",
+    "flash_attn_with_kvcache",
     "get_scheduler_metadata",
+    "install",
     "metadata_layout",
+    "step",
+    "uninstall",
     "unpack_metadata",
+    "wrap_forward",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`flash_attn_with_kvcache`: the installed build's forward, wrapped, on first use."""
+    if name != "flash_attn_with_kvcache":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .providers import load_forward
+
+    build = detect_build().build
+    globals()[name] = wrapped = wrap_forward(load_forward(build), build)
+    return wrapped

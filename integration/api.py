@@ -100,12 +100,26 @@ def get_scheduler_metadata(
 
     Returns:
         int32 tensor on the device of `cache_seqlens`, laid out as `metadata_layout(...)` says: `out`, or its
-        first elements where it is larger. The padding after each row is unspecified.
+        first elements where it is larger. Every element is written.
 
     Raises:
         TypeError, ValueError: for an argument that does not fit, by name, before anything is launched.
         RuntimeError: where the backend cannot run here.
+
+    Under torch.compile it is one operator, with a dynamic batch size if need be; `out` must then have exactly the
+    layout's size.
     """
+    if torch.compiler.is_compiling():
+        operands = (
+            cache_seqlens, batch_size, max_seqlen_q, max_seqlen_k, num_heads, num_heads_k, headdim, qkv_dtype,
+            headdim_v, cu_seqlens_q, cu_seqlens_k, cu_seqlens_k_new, seqused_q, leftpad_k, page_size, max_seqlen_k_new,
+            causal, window_size[0], window_size[1], attention_chunk, has_softcap, num_splits, pack_gqa, sm_margin,
+            build, policy, backend, arch, num_sms,
+        )  # fmt: skip
+        if out is None:
+            return torch.ops.fa3_metadata.get_scheduler_metadata(*operands)
+        torch.ops.fa3_metadata.get_scheduler_metadata_out(out, *operands)
+        return out
     arguments = locals()
     if policy not in POLICIES:
         raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
@@ -120,10 +134,8 @@ def get_scheduler_metadata(
     out = output_tensor(out, plan.layout, cache_seqlens.device)
     if backend == "native":
         out.copy_(native_metadata(build, problem, tensors))
-    elif backend == "reference" or (backend == "auto" and out.device.type == "cpu"):
-        out.copy_(torch.from_numpy(reference_metadata(problem, plan, host_lengths(tensors))))
     else:
-        _launch(problem, plan, tensors, out)
+        _run(problem, plan, tensors, out, backend)
     return out
 
 
@@ -165,10 +177,15 @@ def metadata_layout(
     return plan_call(locals())[3].layout
 
 
-def plan_call(arguments: dict[str, Any]) -> tuple[LengthTensors | None, Problem, FA3Rules, LaunchPlan]:
-    """A call taken apart: `arguments` of `metadata_layout` by name; those left out have their defaults."""
+def plan_call(
+    arguments: dict[str, Any], device: torch.device | None = None
+) -> tuple[LengthTensors | None, Problem, FA3Rules, LaunchPlan]:
+    """A call taken apart: `arguments` of `metadata_layout` by name; those left out have their defaults.
+
+    Without `cache_seqlens` the call is for `device` (None: an H100 SXM or H200).
+    """
     arguments = _DEFAULTS | arguments
-    tensors, problem = _read_call(arguments)
+    tensors, problem = _read_call(arguments, device)
     rules = resolve_build(arguments["build"])[1]
     return tensors, problem, rules, make_plan(problem, rules)
 
@@ -194,13 +211,14 @@ def resolve_build(build: str | None) -> tuple[str, FA3Rules]:
 _rules_for = lru_cache(maxsize=64)(rules_for)
 
 
-def _read_call(arguments: dict[str, Any]) -> tuple[LengthTensors | None, Problem]:
+def _read_call(arguments: dict[str, Any], device: torch.device | None = None) -> tuple[LengthTensors | None, Problem]:
     """Tensors and problem of a call from its arguments by name. Without lengths, only sizes are asked."""
     tensors = None
     if arguments["cache_seqlens"] is not None:
         tensors = LengthTensors(**{name: arguments[name] for name in _TENSORS})
     presence: dict[str, Any] = {name: arguments[name.removeprefix("has_")] is not None for name in _PRESENCE}
-    return tensors, make_problem(tensors, **{name: arguments[name] for name in _STATIC}, **presence)
+    static = {name: arguments[name] for name in _STATIC}
+    return tensors, make_problem(tensors, device=device, **static, **presence)
 
 
 _TENSORS = tuple(field.name for field in fields(LengthTensors))
@@ -213,6 +231,20 @@ _PRESENCE = ("has_cu_seqlens_q", "has_seqused_q", "has_leftpad_k")
 _STATIC = tuple(field.name for field in fields(Problem) if field.name not in _PRESENCE)
 
 
+def make_metadata(problem: Problem, plan: LaunchPlan, tensors: LengthTensors) -> torch.Tensor:
+    """A new tensor of metadata, by the kernel on CUDA and by the NumPy model on CPU."""
+    out = torch.empty(plan.layout.size, dtype=torch.int32, device=tensors.cache_seqlens.device)
+    _run(problem, plan, tensors, out, "auto")
+    return out
+
+
+def _run(problem: Problem, plan: LaunchPlan, tensors: LengthTensors, out: torch.Tensor, backend: str) -> None:
+    if backend == "reference" or (backend == "auto" and out.device.type == "cpu"):
+        out.copy_(torch.from_numpy(reference_metadata(problem, plan, host_lengths(tensors))))
+    else:
+        _launch(problem, plan, tensors, out)
+
+
 def host_lengths(tensors: LengthTensors) -> Lengths:
     """The lengths as NumPy arrays; synchronises with CUDA tensors."""
     arrays: dict[str, Any] = {field.name: getattr(tensors, field.name) for field in fields(Lengths)}
@@ -222,21 +254,15 @@ def host_lengths(tensors: LengthTensors) -> Lengths:
 
 def _launch(problem: Problem, plan: LaunchPlan, tensors: LengthTensors, out: torch.Tensor) -> None:
     try:
-        from .triton_kernels import launch
+        from .triton_kernels import kernel, launch
     except ImportError as error:
         raise RuntimeError(f'backend="triton" needs Triton, which does not import here: {error}') from error
-    if out.device.type == "cpu" and not launch.INTERPRETED:
+    if out.device.type == "cpu" and not kernel.INTERPRETED:
         raise RuntimeError(
             'backend="triton" runs on CPU tensors only in Triton\'s interpreter: set TRITON_INTERPRET=1 before '
             'triton is imported, or use backend="reference"'
         )
-    lengths = (
-        tensors.cache_seqlens,
-        tensors.cu_seqlens_q,
-        tensors.seqused_q,
-        tensors.cu_seqlens_k_new,
-        tensors.leftpad_k,
-    )
+    lengths = tensors.pointers()
     if out.device.type == "cuda" and out.device.index != torch.cuda.current_device():
         with torch.cuda.device(out.device):
             launch.triton_metadata(problem, plan, lengths, out)

@@ -10,6 +10,7 @@ import torch
 from .triton_kernels.layout import MetadataLayout
 from .triton_kernels.problem import Problem, checked_int
 
+Pointers = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 _DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float8_e4m3fn: "float8_e4m3fn"}
 DEFAULT_ARCH, DEFAULT_NUM_SMS = 90, 132  # H100 SXM, H200
 
@@ -24,6 +25,10 @@ class LengthTensors:
     cu_seqlens_k_new: torch.Tensor | None = None
     seqused_q: torch.Tensor | None = None
     leftpad_k: torch.Tensor | None = None
+
+    def pointers(self) -> Pointers:
+        """The tensors that the kernel reads, in its order."""
+        return self.cache_seqlens, self.cu_seqlens_q, self.seqused_q, self.cu_seqlens_k_new, self.leftpad_k
 
     def check(self, batch_size: int) -> None:
         """Raise `TypeError` or `ValueError` for the first tensor that does not fit a batch of this size."""
@@ -74,16 +79,19 @@ def make_problem(
     qkv_dtype: torch.dtype,
     arch: int | None,
     num_sms: int | None,
+    device: torch.device | None = None,
     **static: object,
 ) -> Problem:
-    """The checked problem; `static` are the other fields of `Problem` by name. `tensors` None: only sizes are asked."""
+    """The checked problem; `static` are the other fields of `Problem` by name.
+
+    Without `tensors` only sizes are asked, for `device` (None: an H100 SXM or H200).
+    """
     batch_size = checked_int("batch_size", batch_size, 0)
-    device = None
     if tensors is not None:
         tensors.check(batch_size)
         device = tensors.cache_seqlens.device
-        if device.type not in ("cpu", "cuda"):
-            raise ValueError(f"cache_seqlens must be on a CUDA or CPU device, got {device}")
+    if device is not None and device.type not in ("cpu", "cuda"):
+        raise ValueError(f"cache_seqlens must be on a CUDA or CPU device, got {device}")
     arch, num_sms = device_facts(device, arch, num_sms)
     return Problem(
         batch_size=batch_size,

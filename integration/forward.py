@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 import torch
 
 from .arguments import dtype_name
+from .providers import load_forward
+from .triton_kernels.builds import package_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,21 +103,17 @@ def attend(
         "scheduler_metadata": scheduler_metadata,
         "num_splits": num_splits,
     }
-    if build.startswith("vllm-"):
+    forward = load_forward(build)
+    if package_of(build) == "vllm":
         rows = batch.q.shape[0] * batch.q.shape[1]
         starts = torch.arange(0, rows + 1, batch.q.shape[1], dtype=torch.int32, device=batch.q.device)
-        out = import_module("vllm.vllm_flash_attn").flash_attn_varlen_func(
+        out: torch.Tensor = forward(
             batch.q.flatten(0, 1), batch.k_cache, batch.v_cache, batch.q.shape[1], starts, batch.max_seqlen_k,
             seqused_k=batch.cache_seqlens, block_table=batch.page_table, window_size=list(batch.window_size),
             fa_version=3, **common,
         )  # fmt: skip
         return out.view(*batch.q.shape[:3], -1)
-    return _with_kvcache(build)(
+    return forward(
         batch.q, batch.k_cache, batch.v_cache, cache_seqlens=batch.cache_seqlens, page_table=batch.page_table,
         window_size=batch.window_size, **common,
     )  # fmt: skip
-
-
-def _with_kvcache(build: str) -> Callable[..., torch.Tensor]:
-    module = "flash_attn_interface" if build.startswith("flash-attn-3") else "sgl_kernel.flash_attn"
-    return import_module(module).flash_attn_with_kvcache

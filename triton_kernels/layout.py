@@ -20,10 +20,10 @@ ROWS = {
 class MetadataLayout:
     """Layout of one metadata tensor: int32, contiguous, 1-D, `size` elements.
 
-    `row_names` are the rows in memory order. A row holds `batch_size` values and is padded to a multiple
-    of four; the padding is unspecified. Where the batch is sorted, rows are indexed by sorted position
-    (`varlen_batch_idx` says which sequence that is), otherwise by sequence. The semaphore, a single zero
-    that FA3's tile scheduler counts with, follows the last row; FA3 has none on sm_8x without splits.
+    `row_names` are the rows in memory order. A row holds `batch_size` values and is padded with zeros to a multiple
+    of four (FA3 leaves the padding unwritten, and reads none of it). Where the batch is sorted, rows are indexed by
+    sorted position (`varlen_batch_idx` says which sequence that is), otherwise by sequence. The semaphore, a single
+    zero that FA3's tile scheduler counts with, follows the last row; FA3 has none on sm_8x without splits.
     """
 
     batch_size: int

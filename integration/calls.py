@@ -1,0 +1,131 @@
+"""What a call of an FA3 forward asks, whatever the build calls its arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .arguments import LengthTensors, dtype_name
+from .triton_kernels.problem import Problem
+
+# Our name -> the forward's, where they differ.
+_WITH_KVCACHE = {"k_new": "k", "leftpad_k": "cache_leftpad", "version": "ver"}  # sgl_kernel, flash_attn_interface
+_VARLEN = {  # vllm_flash_attn.flash_attn_varlen_func
+    "k_cache": "k", "v_cache": "v", "cache_seqlens": "seqused_k", "page_table": "block_table", "version": "fa_version",
+    "k_new": "no such argument",
+}  # fmt: skip
+# Arguments that change what is computed in ways the metadata does not know, and their harmless values.
+_UNKNOWN = {
+    "score_mod": (None,), "aux_tensors": (None,), "mask_mod": (None,), "block_sparse_tensors": (None,),
+    "cp_world_size": (1,), "dynamic_causal": (None,), "gather_kv_indices": (None,), "alibi_slopes": (None,),
+    "cu_seqlens_k": (None,),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class ForwardCall:
+    """The arguments of one forward that its schedule depends on. Shapes as in FA3's mha_fwd (hopper/flash_api.cpp)."""
+
+    q: torch.Tensor  # [b, s_q, h, d], or [total_q, h, d] with cu_seqlens_q
+    k_cache: torch.Tensor  # [pages, page_size, hk, d], or [b, s_k, hk, d] where not paged
+    v_cache: torch.Tensor  # the same with dv
+    cache_seqlens: torch.Tensor | None = None  # [b]
+    page_table: torch.Tensor | None = None  # [b, pages of a sequence]
+    cu_seqlens_q: torch.Tensor | None = None  # [b + 1]
+    cu_seqlens_k_new: torch.Tensor | None = None  # [b + 1]
+    leftpad_k: torch.Tensor | None = None  # [b]
+    k_new: torch.Tensor | None = None  # [b, s_new, hk, d], or [total_new, hk, d] with cu_seqlens_k_new
+    max_seqlen_q: int | None = None
+    causal: bool = False
+    window_size: tuple[int, int] | None = (-1, -1)
+    attention_chunk: int | None = 0
+    softcap: float = 0.0
+    num_splits: int = 0
+    pack_gqa: bool | None = None
+    sm_margin: int = 0
+    scheduler_metadata: torch.Tensor | None = None
+    version: int = 3
+    unknown: tuple[str, ...] = ()  # arguments in use whose effect on the schedule is not known
+
+    @classmethod
+    def read(cls, call: Mapping[str, Any]) -> ForwardCall:
+        """From the arguments of `flash_attn_with_kvcache`, or of vLLM's `flash_attn_varlen_func`, by name."""
+        names = _VARLEN if "block_table" in call or "seqused_k" in call or "fa_version" in call else _WITH_KVCACHE
+        given = {ours: call[names.get(ours, ours)] for ours in _FIELDS if names.get(ours, ours) in call}
+        if missing := [name for name in ("q", "k_cache", "v_cache") if not isinstance(given.get(name), torch.Tensor)]:
+            raise TypeError(f"{names.get(missing[0], missing[0])} must be a tensor, got {given.get(missing[0])!r}")
+        unknown = tuple(name for name, harmless in _UNKNOWN.items() if name in call and call[name] not in harmless)
+        return cls(**given, unknown=unknown)
+
+    @property
+    def device(self) -> torch.device:
+        return self.q.device
+
+    @property
+    def batch_size(self) -> int:
+        return self.q.shape[0] if self.cu_seqlens_q is None else self.cu_seqlens_q.shape[0] - 1
+
+    def unsupported_reason(self) -> str | None:
+        """Why this call gets no metadata from us, or None."""
+        if self.unknown:
+            return f"{', '.join(self.unknown)} given"
+        if self.version != 3:
+            return f"FlashAttention {self.version}, not 3"
+        if not isinstance(self.cache_seqlens, torch.Tensor):
+            return "cache_seqlens is not a tensor"
+        if self.cu_seqlens_q is not None and self.max_seqlen_q is None:
+            return "cu_seqlens_q without max_seqlen_q"
+        if self.k_new is not None and self.cu_seqlens_k_new is None and self.k_new.shape[1] == 0:
+            return "no tokens in k"
+        return None
+
+    def lengths(self) -> LengthTensors:
+        """The tensors that the metadata is made from."""
+        assert self.cache_seqlens is not None  # see unsupported_reason
+        return LengthTensors(
+            self.cache_seqlens,
+            cu_seqlens_q=self.cu_seqlens_q,
+            cu_seqlens_k_new=self.cu_seqlens_k_new,
+            leftpad_k=self.leftpad_k,
+        )
+
+    def problem(self, arch: int, num_sms: int) -> Problem:
+        """What the forward's own metadata stage is asked."""
+        paged = self.page_table is not None
+        page_size = self.k_cache.shape[1]
+        ragged = self.cu_seqlens_q is not None
+        return Problem(
+            batch_size=self.batch_size,
+            max_seqlen_q=self.max_seqlen_q if ragged and self.max_seqlen_q is not None else self.q.shape[1],
+            max_seqlen_k=self.page_table.shape[1] * page_size if self.page_table is not None else page_size,
+            num_heads=self.q.shape[-2],
+            num_heads_k=self.k_cache.shape[-2],
+            headdim=self.q.shape[-1],
+            headdim_v=self.v_cache.shape[-1],
+            qkv_dtype=dtype_name(self.q.dtype),
+            has_cu_seqlens_q=ragged,
+            has_leftpad_k=self.leftpad_k is not None,
+            page_size=page_size if paged else None,
+            max_seqlen_k_new=self._max_seqlen_k_new(),
+            causal=bool(self.causal),
+            window_size=(-1, -1) if self.window_size is None else (self.window_size[0], self.window_size[1]),
+            attention_chunk=self.attention_chunk or 0,
+            has_softcap=self.softcap > 0,
+            num_splits=max(self.num_splits, 0),
+            pack_gqa=self.pack_gqa,
+            sm_margin=self.sm_margin,
+            arch=arch,
+            num_sms=num_sms,
+        )
+
+    def _max_seqlen_k_new(self) -> int:
+        if self.k_new is None:
+            return 0
+        # With ragged new keys FA3 reads their lengths from the tensor; that there are any is what counts.
+        return 1 if self.cu_seqlens_k_new is not None else self.k_new.shape[1]
+
+
+_FIELDS = tuple(name for name in ForwardCall.__dataclass_fields__ if name != "unknown")

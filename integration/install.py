@@ -1,0 +1,110 @@
+"""Put our functions into an installed FA3 package, and take them out again."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+from .api import get_scheduler_metadata
+from .detect import detect_build
+from .providers import provider_of
+from .triton_kernels.builds import package_of, rules_for
+from .wrapper import wrap_forward as wrap
+
+DISABLE_VARIABLE = "FA3_METADATA_DISABLE"
+_log = logging.getLogger("fa3_metadata")
+_lock = threading.RLock()
+_MISSING = object()
+
+
+@dataclass(frozen=True)
+class Change:
+    """One name that `install` put into a module."""
+
+    module: ModuleType
+    name: str
+    before: object  # _MISSING: there was none
+    after: object
+
+
+_changes: list[Change] = []
+
+
+def install(wrap_forward: bool = False, build: str | None = None) -> str:
+    """Make the installed FA3 package able to make metadata; returns what was done, in words (also logged).
+
+    Puts `get_scheduler_metadata` into the `sgl_kernel.flash_attn` of builds that lack it, so that engines which
+    import it from there find it. With `wrap_forward` it also replaces the forward (`flash_attn_with_kvcache`, or
+    vLLM's `flash_attn_varlen_func`) by `wrap_forward(forward)`, in its own module and in every module that has
+    already imported it by name, for engine versions that never make metadata themselves.
+
+    Idempotent, reversible by `uninstall`, safe from several threads. Does nothing, and says so, where there is
+    nothing to do or where the environment variable FA3_METADATA_DISABLE is set to anything but 0.
+
+    Raises:
+        RuntimeError: no package of `build` is installed, or it does not load.
+        ValueError: `build` is not supported.
+    """
+    if os.environ.get(DISABLE_VARIABLE, "0") not in ("", "0"):
+        return _say(f"nothing installed: {DISABLE_VARIABLE} is set")
+    name = detect_build().build if build is None else build
+    rules_for(name)
+    provider = provider_of(name)
+    try:
+        module = import_module(provider.module)
+    except (ImportError, OSError) as error:
+        raise RuntimeError(f"install() needs {package_of(name)}, which does not load here: {error}") from error
+    done = []
+    with _lock:
+        if not hasattr(module, "get_scheduler_metadata"):
+            _put(module, "get_scheduler_metadata", get_scheduler_metadata)
+            done.append(f"put get_scheduler_metadata into {provider.module}")
+        forward = getattr(module, provider.forward)
+        if wrap_forward and not getattr(forward, "__fa3_metadata__", False):
+            places = _modules_with(provider.forward, forward)
+            wrapped = wrap(forward, name)
+            for place in places:
+                _put(place, provider.forward, wrapped)
+            done.append(f"wrapped {provider.forward} in {', '.join(place.__name__ for place in places)}")
+    return _say(f"{name}: " + ("; ".join(done) if done else "nothing to do, everything asked for is already there"))
+
+
+def uninstall() -> str:
+    """Take back what `install` did; returns that in words. Names that somebody else has replaced since are left."""
+    with _lock:
+        undone, left = [], []
+        while _changes:
+            change = _changes.pop()
+            where = f"{change.module.__name__}.{change.name}"
+            if getattr(change.module, change.name, _MISSING) is not change.after:
+                left.append(where)
+            elif change.before is _MISSING:
+                delattr(change.module, change.name)
+                undone.append(where)
+            else:
+                setattr(change.module, change.name, change.before)
+                undone.append(where)
+    said = f"took back {', '.join(undone)}" if undone else "nothing was installed"
+    return _say(said + (f"; left {', '.join(left)}, replaced since" if left else ""))
+
+
+def _put(module: ModuleType, name: str, value: Any) -> None:
+    _changes.append(Change(module, name, getattr(module, name, _MISSING), value))
+    setattr(module, name, value)
+
+
+def _modules_with(name: str, value: object) -> list[ModuleType]:
+    """Every loaded module that holds this very object under this name."""
+    loaded = [module for module in list(sys.modules.values()) if isinstance(module, ModuleType)]
+    return [module for module in loaded if vars(module).get(name) is value]
+
+
+def _say(text: str) -> str:
+    _log.info("%s", text)
+    return text

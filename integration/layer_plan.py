@@ -1,0 +1,325 @@
+"""Plan once, run many: metadata for a group of layers that is refreshed in place every step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+
+from .api import POLICIES, host_lengths, resolve_build
+from .arguments import LengthTensors, make_problem
+from .calls import ForwardCall
+from .providers import provider_of
+from .triton_kernels.plan import LaunchPlan, make_plan
+from .triton_kernels.problem import Problem, checked_int
+from .triton_kernels.reference import reference_metadata
+
+VARYING = ("cu_seqlens_q", "seqused_q", "cu_seqlens_k_new", "leftpad_k")
+_ALIGNMENT = 4  # int32 elements: FA3 reads rows 16 bytes at a time
+
+
+class MetadataPlan:
+    """The scheduler metadata of layers that attend alike, kept in one buffer and refreshed once a step.
+
+    Everything static is fixed here: FA3's `num_splits`, `pack_gqa` and tile are resolved once, and the forward is
+    handed the same numbers, so the two sides cannot disagree. `update` refreshes the buffer with one launch;
+    `forward_arguments` gives what the forward needs and refuses a forward that the metadata was not made for.
+
+    Arguments are those of `get_scheduler_metadata`, and:
+        max_batch_size: the largest batch; the buffer is allocated for it.
+        max_seqlen_k: the width of the forward's page table in tokens (`page_table.shape[1] * page_size`), or the
+            length of its unpaged cache.
+        device: where the lengths will be.
+        varying: the optional tensors that every `update` will be given, names among VARYING.
+
+    Raises what `get_scheduler_metadata` raises, for the same mistakes.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_batch_size: int,
+        max_seqlen_k: int,
+        num_heads: int,
+        num_heads_k: int,
+        headdim: int,
+        device: torch.device | str,
+        max_seqlen_q: int = 1,
+        headdim_v: int | None = None,
+        qkv_dtype: torch.dtype = torch.bfloat16,
+        page_size: int | None = None,
+        max_seqlen_k_new: int = 0,
+        causal: bool = False,
+        window_size: tuple[int, int] = (-1, -1),
+        attention_chunk: int = 0,
+        has_softcap: bool = False,
+        num_splits: int = 0,
+        pack_gqa: bool | None = None,
+        sm_margin: int = 0,
+        varying: Sequence[str] = (),
+        build: str | None = None,
+        policy: str = "fa3",
+    ) -> None:
+        if policy not in POLICIES:
+            raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
+        if unknown := set(varying) - set(VARYING):
+            raise ValueError(f"varying must be among {', '.join(VARYING)}, got {', '.join(sorted(unknown))}")
+        self.max_batch_size = checked_int("max_batch_size", max_batch_size, 0)
+        self.varying = tuple(name for name in VARYING if name in varying)
+        self.build, self._rules = resolve_build(build)
+        self._not_taken = provider_of(self.build).forward_lacks
+        for name, value, only in (("pack_gqa", pack_gqa, None), ("sm_margin", sm_margin, 0)):
+            if name in self._not_taken and value != only:
+                raise ValueError(f"{name} must be {only} for {self.build}, whose forward takes none, got {value!r}")
+        self.device = _indexed(torch.device(device))
+        self.problem: Problem = make_problem(
+            None,
+            device=self.device,
+            batch_size=max_batch_size,
+            qkv_dtype=qkv_dtype,
+            arch=None,
+            num_sms=None,
+            max_seqlen_q=max_seqlen_q,
+            max_seqlen_k=max_seqlen_k,
+            num_heads=num_heads,
+            num_heads_k=num_heads_k,
+            headdim=headdim,
+            headdim_v=headdim_v,
+            has_cu_seqlens_q="cu_seqlens_q" in varying,
+            has_seqused_q="seqused_q" in varying,
+            has_leftpad_k="leftpad_k" in varying,
+            page_size=page_size,
+            max_seqlen_k_new=max_seqlen_k_new,
+            causal=causal,
+            window_size=window_size,
+            attention_chunk=attention_chunk,
+            has_softcap=has_softcap,
+            num_splits=num_splits,
+            pack_gqa=pack_gqa,
+            sm_margin=sm_margin,
+        )
+        self._plans: dict[int, tuple[Problem, LaunchPlan]] = {}
+        resolved = self.plan_for(self.max_batch_size)[1]
+        self.num_splits, self.pack_gqa, self.sm_margin = resolved.num_splits, resolved.pack_gqa, sm_margin
+        # Layouts of up to 992 sequences may have a row more.
+        self.capacity = max(self.plan_for(min(b, self.max_batch_size))[1].layout.size for b in (992, max_batch_size))
+        self._group = MetadataPlans([self])
+
+    def plan_for(self, batch_size: int) -> tuple[Problem, LaunchPlan]:
+        """Problem and launch plan of a batch of this size."""
+        if batch_size not in self._plans:
+            problem = replace(self.problem, batch_size=batch_size)
+            self._plans[batch_size] = problem, make_plan(problem, self._rules)
+        return self._plans[batch_size]
+
+    def update(
+        self,
+        cache_seqlens: torch.Tensor,
+        *,
+        cu_seqlens_q: torch.Tensor | None = None,
+        seqused_q: torch.Tensor | None = None,
+        cu_seqlens_k_new: torch.Tensor | None = None,
+        leftpad_k: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Refresh the metadata for a batch of `cache_seqlens.shape[0]` sequences and return it.
+
+        Exactly one launch on the current stream; no allocation, no synchronisation, no copy, so it can be captured
+        into a CUDA graph and follows the lengths at each replay. The tensor is a view of the plan's own buffer.
+        Raises `TypeError` or `ValueError` before the launch for lengths that the plan was not made for.
+        """
+        return self._group.update(
+            cache_seqlens,
+            cu_seqlens_q=cu_seqlens_q,
+            seqused_q=seqused_q,
+            cu_seqlens_k_new=cu_seqlens_k_new,
+            leftpad_k=leftpad_k,
+        )[0]
+
+    @property
+    def metadata(self) -> torch.Tensor:
+        """What the last `update` made. Raises `RuntimeError` before the first one."""
+        return self._group.metadata(self)
+
+    def forward_arguments(self, **call: Any) -> dict[str, Any]:
+        """What to add to the forward's arguments: scheduler_metadata, num_splits, pack_gqa, sm_margin.
+
+        For vLLM, whose front end takes no pack_gqa and sm_margin, the first two.
+
+        `call` are the forward's own arguments by name (q, k_cache, v_cache, page_table, causal, ...). Given any,
+        the call is compared with what the metadata was made for, and a `ValueError` names the first difference.
+        """
+        metadata = self.metadata
+        if call:
+            self._check_call(ForwardCall.read(call), metadata)
+        ours = {
+            "scheduler_metadata": metadata,
+            "num_splits": self.num_splits,
+            "pack_gqa": self.pack_gqa,
+            "sm_margin": self.sm_margin,
+        }
+        return {name: value for name, value in ours.items() if name not in self._not_taken}
+
+    def _check_call(self, call: ForwardCall, metadata: torch.Tensor) -> None:
+        batch_size = self._group.batch_size
+        made, made_plan = self.plan_for(batch_size)
+        asked = call.problem(self.problem.arch, self.problem.num_sms)
+        if metadata.device != call.device:
+            raise ValueError(f"q must be on {metadata.device} like the plan, got {call.device}")
+        for field in fields(Problem):
+            wanted, got = getattr(made, field.name), getattr(asked, field.name)
+            if field.name in ("max_seqlen_k", "window_size", "causal", "num_splits", "pack_gqa", "sm_margin"):
+                continue  # compared by what FA3 makes of them
+            if wanted != got:
+                raise ValueError(f"{field.name} must be {wanted}, which the metadata was made for, got {got}")
+        if asked.max_seqlen_k > made.max_seqlen_k:
+            raise ValueError(
+                f"page_table (or the unpaged cache) must hold at most max_seqlen_k = {made.max_seqlen_k} tokens, "
+                f"which the plan was made for, got {asked.max_seqlen_k}"
+            )
+        asked = replace(asked, num_splits=self.num_splits, pack_gqa=self.pack_gqa, sm_margin=self.sm_margin)
+        seen = make_plan(asked, self._rules)
+        for name in ("is_causal", "is_local", "block_m", "block_n", "layout"):
+            wanted, got = getattr(made_plan, name), getattr(seen, name)
+            if wanted != got:
+                raise ValueError(
+                    f"causal, window_size and max_seqlen_k must give the schedule that the metadata was made for "
+                    f"({name} {wanted}), got causal={asked.causal}, window_size={asked.window_size}, "
+                    f"max_seqlen_k={asked.max_seqlen_k} ({name} {got})"
+                )
+
+
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """What the last update was for."""
+
+    batch_size: int
+    views: tuple[torch.Tensor, ...]
+
+
+class MetadataPlans:
+    """Several plans over the same lengths, refreshed together by a single launch.
+
+    For models whose layers attend in different ways: full and sliding-window layers, or different head counts.
+    The plans must share device, query length, appended keys and the tensors that vary; after `update` each gives its
+    own `forward_arguments`.
+    """
+
+    def __init__(self, plans: Sequence[MetadataPlan]) -> None:
+        if not plans:
+            raise ValueError("plans must hold at least one MetadataPlan, got none")
+        self.plans = tuple(plans)
+        first = self.plans[0]
+        for plan in self.plans:
+            for name in ("device", "varying"):
+                if getattr(plan, name) != getattr(first, name):
+                    raise ValueError(f"plans must share {name}, got {getattr(first, name)} and {getattr(plan, name)}")
+            for name in ("max_seqlen_q", "max_seqlen_k_new"):
+                ours, theirs = getattr(plan.problem, name), getattr(first.problem, name)
+                if ours != theirs:
+                    raise ValueError(f"plans must share {name}, got {theirs} and {ours}")
+        self.max_batch_size = min(plan.max_batch_size for plan in self.plans)
+        starts = [0]
+        for plan in self.plans:
+            starts.append(starts[-1] + -(-plan.capacity // _ALIGNMENT) * _ALIGNMENT)
+        self._starts = starts[:-1]
+        self._buffer = torch.empty(starts[-1], dtype=torch.int32, device=first.device)
+        self._table = self._make_table()
+        self._steps: dict[int, _Step] = {}
+        self._step: _Step | None = None
+        for plan in self.plans:
+            plan._group = self
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences of the last update."""
+        return self._current().batch_size
+
+    def metadata(self, plan: MetadataPlan) -> torch.Tensor:
+        """What the last update made for `plan`."""
+        return self._current().views[self.plans.index(plan)]
+
+    def _current(self) -> _Step:
+        if self._step is None:
+            raise RuntimeError("there is no metadata yet: call update() with the step's lengths first")
+        return self._step
+
+    def update(
+        self,
+        cache_seqlens: torch.Tensor,
+        *,
+        cu_seqlens_q: torch.Tensor | None = None,
+        seqused_q: torch.Tensor | None = None,
+        cu_seqlens_k_new: torch.Tensor | None = None,
+        leftpad_k: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        """`MetadataPlan.update` for all plans at once; returns the metadata of each."""
+        given = {
+            "cu_seqlens_q": cu_seqlens_q,
+            "seqused_q": seqused_q,
+            "cu_seqlens_k_new": cu_seqlens_k_new,
+            "leftpad_k": leftpad_k,
+        }
+        tensors = LengthTensors(cache_seqlens, **given)
+        batch_size = self._checked_batch_size(tensors, given)
+        step = self._steps.get(batch_size) or self._new_step(batch_size)
+        self._launch(batch_size, tensors, step)
+        self._step = step
+        return step.views
+
+    def _checked_batch_size(self, tensors: LengthTensors, given: Mapping[str, torch.Tensor | None]) -> int:
+        first = self.plans[0]
+        if not isinstance(tensors.cache_seqlens, torch.Tensor) or tensors.cache_seqlens.dim() != 1:
+            raise TypeError(f"cache_seqlens must be a 1-D tensor, got {tensors.cache_seqlens!r}")
+        batch_size = tensors.cache_seqlens.shape[0]
+        if batch_size > self.max_batch_size:
+            raise ValueError(
+                f"cache_seqlens must hold at most max_batch_size = {self.max_batch_size} sequences, got {batch_size}"
+            )
+        tensors.check(batch_size)
+        if tensors.cache_seqlens.device != first.device:
+            raise ValueError(f"cache_seqlens must be on {first.device}, got {tensors.cache_seqlens.device}")
+        for name, tensor in given.items():
+            if (tensor is not None) != (name in first.varying):
+                wanted = "a tensor" if name in first.varying else "None"
+                raise ValueError(f"{name} must be {wanted}, as `varying` says, got {type(tensor).__name__}")
+        return batch_size
+
+    def _new_step(self, batch_size: int) -> _Step:
+        sizes = [plan.plan_for(batch_size)[1].layout.size for plan in self.plans]
+        views = tuple(self._buffer[start : start + size] for start, size in zip(self._starts, sizes, strict=True))
+        step = self._steps[batch_size] = _Step(batch_size, views)
+        return step
+
+    def _launch(self, batch_size: int, tensors: LengthTensors, step: _Step) -> None:
+        resolved = [plan.plan_for(batch_size) for plan in self.plans]
+        if self._buffer.device.type == "cpu":
+            for (problem, plan), view in zip(resolved, step.views, strict=True):
+                view.copy_(torch.from_numpy(reference_metadata(problem, plan, host_lengths(tensors))))
+            return
+        from .triton_kernels import launch
+
+        lengths = tensors.pointers()
+        problem, plan = resolved[0]
+        with torch.cuda.device(self._buffer.device):
+            if len(resolved) == 1:
+                launch.triton_metadata(problem, plan, lengths, step.views[0])
+                return
+            assert self._table is not None  # __init__ made it for several plans on a GPU
+            launch.layer_groups_metadata(problem, [plan for _, plan in resolved], self._table, lengths, self._buffer)
+
+    def _make_table(self) -> torch.Tensor | None:
+        """The numbers of the plans on the device. They do not depend on the batch size, so once is enough."""
+        if len(self.plans) == 1 or self._buffer.device.type == "cpu":
+            return None
+        from .triton_kernels import launch
+
+        resolved = [plan.plan_for(self.max_batch_size)[1] for plan in self.plans]
+        return launch.layer_groups_table(resolved, self._starts).to(self._buffer.device)
+
+
+def _indexed(device: torch.device) -> torch.device:
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device

@@ -1,0 +1,83 @@
+"""`get_scheduler_metadata` as a torch operator, so that torch.compile and export see one opaque node.
+
+The public function calls these while it is being compiled; nobody needs to call them by hand.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+_ARGUMENTS = (
+    "Tensor cache_seqlens, SymInt batch_size, SymInt max_seqlen_q, SymInt max_seqlen_k, SymInt num_heads, "
+    "SymInt num_heads_k, SymInt headdim, ScalarType qkv_dtype, SymInt? headdim_v, Tensor? cu_seqlens_q, "
+    "Tensor? cu_seqlens_k, Tensor? cu_seqlens_k_new, Tensor? seqused_q, Tensor? leftpad_k, SymInt? page_size, "
+    "SymInt max_seqlen_k_new, bool causal, SymInt window_left, SymInt window_right, SymInt attention_chunk, "
+    "bool has_softcap, SymInt num_splits, bool? pack_gqa, SymInt sm_margin, str? build, str policy, str backend, "
+    "SymInt? arch, SymInt? num_sms"
+)
+
+
+def _call(arguments: dict[str, Any], out: torch.Tensor | None = None) -> torch.Tensor:
+    from .api import get_scheduler_metadata
+
+    arguments["window_size"] = (arguments.pop("window_left"), arguments.pop("window_right"))
+    return get_scheduler_metadata(**arguments, out=out)
+
+
+def _by_name(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return dict(zip(_NAMES, args, strict=False)) | kwargs
+
+
+_NAMES = tuple(part.split()[-1] for part in _ARGUMENTS.split(", "))
+
+
+@torch.library.custom_op("fa3_metadata::get_scheduler_metadata", mutates_args=(), schema=f"({_ARGUMENTS}) -> Tensor")
+def get_scheduler_metadata_op(*args: Any, **kwargs: Any) -> torch.Tensor:
+    """New metadata."""
+    return _call(_by_name(args, kwargs))
+
+
+@torch.library.custom_op(
+    "fa3_metadata::get_scheduler_metadata_out", mutates_args=("out",), schema=f"(Tensor(a!) out, {_ARGUMENTS}) -> ()"
+)
+def get_scheduler_metadata_out_op(out: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    """Metadata in place; `out` must have exactly the layout's size, since no view of it is returned."""
+    made = _call(_by_name(args, kwargs), out)
+    if made.shape != out.shape:
+        raise ValueError(f"out must have exactly {made.numel()} elements under torch.compile, got {out.numel()}")
+
+
+@get_scheduler_metadata_op.register_fake
+def _(*args: Any, **kwargs: Any) -> torch.Tensor:
+    """The right size for a batch size that is not known yet."""
+    from .api import plan_call
+
+    arguments = _by_name(args, kwargs)
+    batch_size = arguments["batch_size"]
+    lengths = arguments["cache_seqlens"]
+    presence = ("cu_seqlens_q", "cu_seqlens_k", "cu_seqlens_k_new", "seqused_q", "leftpad_k")
+    not_static = (*presence, "batch_size", "policy", "backend")
+    static = {name: _plain(arguments[name]) for name in _NAMES if name not in not_static}
+    static["window_size"] = (static.pop("window_left"), static.pop("window_right"))
+    static |= {name: arguments[name] for name in presence} | {"cache_seqlens": None}
+
+    def layout(batch: int) -> Any:
+        return plan_call(static | {"batch_size": batch}, lengths.device)[3].layout
+
+    few, many = layout(1), layout(993)
+    if len(few.row_names) != len(many.row_names) and batch_size > 992:  # a guard only where it matters
+        few = many
+    size = len(few.row_names) * ((batch_size + 3) // 4 * 4) + few.has_semaphore
+    return lengths.new_empty(size, dtype=torch.int32)
+
+
+@get_scheduler_metadata_out_op.register_fake
+def _(out: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    """Nothing to allocate."""
+
+
+def _plain(value: Any) -> Any:
+    """A number that may be symbolic as a number that is not (and a guard on it)."""
+    return int(value) if isinstance(value, torch.SymInt) else value

@@ -1,0 +1,164 @@
+"""`flash_attn_with_kvcache` that finds or makes its scheduler metadata itself."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import inspect
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .api import make_metadata, resolve_build
+from .arguments import device_facts
+from .calls import ForwardCall
+from .triton_kernels.builds import FA3Rules
+from .triton_kernels.plan import LaunchPlan, make_plan
+
+_log = logging.getLogger("fa3_metadata")
+Forward = Callable[..., Any]
+
+
+@dataclass(eq=False)
+class _Made:
+    """Metadata of this step, the tensors it depends on (kept alive), and the layers that have used it."""
+
+    plan: LaunchPlan
+    metadata: torch.Tensor
+    inputs: tuple[torch.Tensor, ...]
+    layers: set[int] = field(default_factory=set)  # addresses of their KV caches
+
+
+@dataclass(eq=False)
+class _Scope:
+    """What may be reused: within one `step()`, or within one capture of a CUDA graph."""
+
+    capture: int | None
+    made: dict[tuple[Any, ...], _Made] = field(default_factory=dict)
+
+
+class _State(threading.local):
+    steps: list[_Scope]
+    capture: _Scope | None
+
+    def __init__(self) -> None:
+        self.steps, self.capture = [], None
+
+
+_state = _State()
+
+
+@contextmanager
+def step() -> Iterator[None]:
+    """One step of a model, run eagerly: layers inside that ask the same of the same lengths share their metadata.
+
+    Lengths must not be written inside the scope other than through torch operations (which are noticed). Each
+    thread has its own scopes; a scope inside another starts afresh.
+    """
+    _state.steps.append(_Scope(None))
+    try:
+        yield
+    finally:
+        _state.steps.pop()
+
+
+def wrap_forward(forward: Forward, build: str | None = None) -> Forward:
+    """`forward`, an FA3 `flash_attn_with_kvcache` or vLLM's `flash_attn_varlen_func`, with metadata of its own.
+
+    Same signature. While a CUDA graph is captured, the metadata is made once for each distinct problem, as a node of
+    that graph, and the later layers of the capture reuse it: a replay makes it again from the lengths of that time. A
+    layer that comes round again (the same KV cache for the same problem) starts a new step. Run eagerly, a call
+    reuses metadata only inside `step()`, and is otherwise passed through. `num_splits` is resolved once and handed
+    to both sides. Calls that bring metadata, and calls that we do not know how to schedule (another FlashAttention
+    version, masks by callback, ...), pass through unchanged; the log says so once, at debug level.
+
+    Args:
+        forward: the callable, from any module.
+        build: the FA3 build behind it; None: the detected one.
+    """
+    if getattr(forward, "__fa3_metadata__", False):
+        return forward
+    rules = resolve_build(build)[1]
+    parameters = inspect.signature(forward).parameters
+    names = tuple(parameters)
+    if "scheduler_metadata" not in parameters:
+        raise TypeError(f"forward must take scheduler_metadata, got {forward!r} with {', '.join(names)}")
+    takes_pack_gqa = "pack_gqa" in parameters
+    told: set[str] = set()
+
+    @functools.wraps(forward)
+    def with_metadata(*args: Any, **kwargs: Any) -> Any:
+        call = dict(zip(names, args, strict=False)) | kwargs
+        scope = _current_scope()
+        if scope is None or call.get("scheduler_metadata") is not None:
+            return forward(*args, **kwargs)
+        try:
+            made = _find_or_make(scope, ForwardCall.read(call), rules)
+        except (NotImplementedError, TypeError, ValueError) as error:  # the forward knows better what is wrong
+            if str(error) not in told:
+                told.add(str(error))
+                _log.debug("%s is called without our metadata: %s", forward.__name__, error)
+            return forward(*args, **kwargs)
+        ours: dict[str, Any] = {"scheduler_metadata": made.metadata, "num_splits": made.plan.num_splits}
+        if takes_pack_gqa:
+            ours["pack_gqa"] = made.plan.pack_gqa
+        return forward(**call | ours)
+
+    with_metadata.__fa3_metadata__ = True  # type: ignore[attr-defined]
+    return with_metadata
+
+
+def _current_scope() -> _Scope | None:
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        capture = _capture_id()
+        if _state.capture is None or _state.capture.capture != capture:
+            _state.capture = _Scope(capture)
+        return _state.capture
+    _state.capture = None
+    return _state.steps[-1] if _state.steps else None
+
+
+def _find_or_make(scope: _Scope, asked: ForwardCall, rules: FA3Rules) -> _Made:
+    if reason := asked.unsupported_reason():
+        raise NotImplementedError(reason)
+    problem = asked.problem(*device_facts(asked.device, None, None))
+    tensors = asked.lengths()
+    inputs = tuple(tensor for tensor in tensors.pointers() if tensor is not None)
+    identity = tuple((t.data_ptr(), t.dtype, t.stride(), _version(t)) for t in inputs)
+    # Another stream may not have waited for the launch on this one, so it makes its own.
+    stream = torch.cuda.current_stream(asked.device).cuda_stream if asked.device.type == "cuda" else 0
+    key = (problem, identity, stream)
+    layer = asked.k_cache.data_ptr()
+    made = scope.made.get(key)
+    if made is None or layer in made.layers:
+        tensors.check(problem.batch_size)
+        plan = make_plan(problem, rules)
+        metadata = make_metadata(problem, plan, tensors)
+        made = scope.made[key] = _Made(plan, metadata, inputs)
+    made.layers.add(layer)
+    return made
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    """How often torch has written to this tensor; None where torch does not count (inference mode)."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def _capture_id() -> int:
+    """The driver's number of the capture under way on the current stream."""
+    status, number = ctypes.c_int(), ctypes.c_uint64()
+    stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+    error = _driver().cuStreamGetCaptureInfo_v2(stream, ctypes.byref(status), ctypes.byref(number), None, None, None)
+    if error:
+        raise RuntimeError(f"cuStreamGetCaptureInfo failed with CUDA error {error}")
+    return number.value
+
+
+@functools.lru_cache(maxsize=1)
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")

@@ -1,0 +1,116 @@
+"""torch.compile, export, opcheck; and the kernels compiled for sm_90 on a machine without one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import fa3_metadata
+import pytest
+import torch
+import torch._dynamo.testing
+
+BUILDS = ("sglang-kernel-0.4.2", "vllm-0.33.0")
+
+
+def arguments(cache_seqlens: torch.Tensor, build: str) -> dict[str, Any]:
+    return {
+        "batch_size": cache_seqlens.shape[0], "max_seqlen_q": 1, "max_seqlen_k": 8192, "num_heads": 8,
+        "num_heads_k": 1, "headdim": 128, "cache_seqlens": cache_seqlens, "page_size": 64, "causal": True,
+        "num_splits": 8, "build": build,
+    }  # fmt: skip
+
+
+def lengths(batch: int, device: torch.device) -> torch.Tensor:
+    return torch.randint(0, 8192, (batch,), dtype=torch.int32, device=device)
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_one_graph_for_every_batch_size(build: str, device: torch.device) -> None:
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+
+    def metadata(cache_seqlens: torch.Tensor) -> torch.Tensor:
+        return fa3_metadata.get_scheduler_metadata(**arguments(cache_seqlens, build))
+
+    compiled = torch.compile(metadata, fullgraph=True, dynamic=True, backend=counter)
+    for batch in (3, 7, 8, 64, 992):
+        cache_seqlens = lengths(batch, device)
+        assert torch.equal(compiled(cache_seqlens), metadata(cache_seqlens))
+    assert counter.frame_count == 1
+    more = lengths(1500, device)
+    assert torch.equal(compiled(more), metadata(more))
+
+
+def test_out_under_compile(device: torch.device) -> None:
+    torch._dynamo.reset()
+    cache_seqlens = lengths(10, device)
+    call = arguments(cache_seqlens, BUILDS[0])
+
+    def into(out: torch.Tensor) -> torch.Tensor:
+        return fa3_metadata.get_scheduler_metadata(**call, out=out)
+
+    out = torch.full((fa3_metadata.metadata_layout(**call).size,), -7, dtype=torch.int32, device=device)
+    made = torch.compile(into, fullgraph=True, backend="aot_eager")(out)
+    assert torch.equal(made, fa3_metadata.get_scheduler_metadata(**call))
+    with pytest.raises(ValueError, match=r"out must have exactly 49 elements under torch\.compile, got 60"):
+        torch.compile(into, fullgraph=True, backend="eager")(torch.empty(60, dtype=torch.int32, device=device))
+
+
+def test_export_with_a_dynamic_batch(device: torch.device) -> None:
+    class Metadata(torch.nn.Module):
+        def forward(self, cache_seqlens: torch.Tensor) -> torch.Tensor:
+            return fa3_metadata.get_scheduler_metadata(**arguments(cache_seqlens, BUILDS[0]))
+
+    batch = torch.export.Dim("batch", min=1, max=900)
+    exported = torch.export.export(Metadata(), (lengths(7, device),), dynamic_shapes={"cache_seqlens": {0: batch}})
+    cache_seqlens = lengths(33, device)
+    assert torch.equal(exported.module()(cache_seqlens), Metadata()(cache_seqlens))
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_opcheck(build: str, device: torch.device) -> None:
+    cache_seqlens = lengths(7, device)
+    operands = (
+        cache_seqlens, 7, 1, 8192, 8, 1, 128, torch.bfloat16, None, None, None, None, None, None, 64, 0, True, -1, -1,
+        0, False, 8, None, 0, build, "fa3", "auto", None, None,
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.fa3_metadata.get_scheduler_metadata.default, operands)
+    size = fa3_metadata.metadata_layout(**arguments(cache_seqlens, build)).size
+    out = torch.empty(size, dtype=torch.int32, device=device)
+    torch.library.opcheck(torch.ops.fa3_metadata.get_scheduler_metadata_out.default, (out, *operands))
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from fa3_metadata.triton_kernels import kernel
+full, window = (0, 1, -1, 2, 3, 4, True, True), (0, 1, -1, -1, 2, 3, True, True)
+constants = {"LAYOUT": full, "LAYOUTS": (full, window), "CONTIGUOUS": True, "SLICE": 4, "GROUP": 1024}
+absent = ("cu_seqlens_q", "seqused_q", "cu_seqlens_k_new", "leftpad_k")
+for function in (kernel.prepare_varlen_num_blocks_kernel, kernel.prepare_layer_groups_kernel):
+    signature, values = {}, {}
+    for parameter in function.params:
+        name = parameter.name
+        if name in constants or name in absent:
+            signature[name], values[(parameter.num,)] = "constexpr", constants.get(name)
+        else:
+            pointer = name in ("out", "table", "cache_seqlens")
+            signature[name] = "*i32" if pointer else "fp32" if name == "sms_reciprocal" else "i32"
+    source = ASTSource(function, signature, values)
+    triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+    print("compiled", function.__name__)
+"""
+
+
+def test_kernels_compile_for_hopper_anywhere() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines() == [
+        "compiled prepare_varlen_num_blocks_kernel",
+        "compiled prepare_layer_groups_kernel",
+    ]

@@ -1,0 +1,201 @@
+"""Plans: what they make, what they refuse."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import fa3_metadata
+import pytest
+import torch
+from fa3_metadata import MetadataPlan, MetadataPlans
+from fa3_metadata.triton_kernels import launch
+
+SHAPE: dict[str, Any] = {"num_heads": 8, "num_heads_k": 1, "headdim": 128, "page_size": 64, "max_seqlen_k": 8192}
+BUILDS = ("sgl-kernel-0.3.21", "sglang-kernel-0.4.2", "vllm-0.33.0")
+
+
+def plan(**change: Any) -> MetadataPlan:
+    return MetadataPlan(**({"max_batch_size": 1100, "device": "cpu", "causal": True} | SHAPE | change))
+
+
+def lengths(batch: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 8193, (batch,), dtype=torch.int32, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("window", [(-1, -1), (1023, 0)])
+def test_batches_that_grow_and_shrink(build: str, window: tuple[int, int]) -> None:
+    made = plan(build=build, window_size=window)
+    for seed, batch in enumerate((3, 64, 1, 992, 1100, 0, 7)):
+        cache_seqlens = lengths(batch, seed)
+        metadata = made.update(cache_seqlens)
+        alone = fa3_metadata.get_scheduler_metadata(
+            batch, 1, 8192, 8, 1, 128, cache_seqlens, page_size=64, causal=True, window_size=window, build=build
+        )
+        assert torch.equal(metadata, alone)
+        assert made.metadata.data_ptr() == metadata.data_ptr()
+
+
+def test_the_forward_gets_the_numbers_that_the_metadata_was_made_with() -> None:
+    made = plan(build="sglang-kernel-0.4.2", sm_margin=4)
+    metadata = made.update(lengths(5))
+    assert made.forward_arguments() == {
+        "scheduler_metadata": metadata, "num_splits": made.num_splits, "pack_gqa": True, "sm_margin": 4,
+    }  # fmt: skip
+    assert (
+        made.num_splits
+        == fa3_metadata.api.plan_call(
+            SHAPE | {"batch_size": 5, "max_seqlen_q": 1, "causal": True, "sm_margin": 4, "build": "sglang-kernel-0.4.2"}
+        )[3].num_splits
+    )
+
+
+def test_vllm_gets_only_what_its_forward_takes() -> None:
+    made = plan(build="vllm-0.33.0", num_splits=16)
+    made.update(lengths(5))
+    assert set(made.forward_arguments()) == {"scheduler_metadata", "num_splits"}
+    with pytest.raises(ValueError, match=r"pack_gqa must be None for vllm-0.33.0, whose forward takes none, got True"):
+        plan(build="vllm-0.33.0", pack_gqa=True)
+
+
+def test_varying_tensors() -> None:
+    made = plan(varying=("cu_seqlens_q", "leftpad_k"), max_seqlen_q=4, build="sglang-kernel-0.4.2")
+    more = {"cu_seqlens_q": torch.tensor([0, 4, 4, 7]), "leftpad_k": torch.tensor([0, 9, 100])}
+    cache_seqlens = torch.tensor([500, 9, 7000])
+    alone = fa3_metadata.get_scheduler_metadata(
+        3, 4, 8192, 8, 1, 128, cache_seqlens, page_size=64, causal=True, build="sglang-kernel-0.4.2", **more
+    )
+    assert torch.equal(made.update(cache_seqlens, **more), alone)
+
+
+MISFITS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"cache_seqlens": lengths(1101)}, ValueError, "at most max_batch_size = 1100 sequences, got 1101"),
+    ({"cache_seqlens": lengths(4).float()}, TypeError, "cache_seqlens must have dtype int32 or int64"),
+    ({"cache_seqlens": lengths(4)[None]}, TypeError, "cache_seqlens must be a 1-D tensor"),
+    ({"cache_seqlens": 4}, TypeError, "cache_seqlens must be a 1-D tensor, got 4"),
+    ({"cache_seqlens": lengths(4).to("meta")}, ValueError, "cache_seqlens must be on cpu, got meta"),
+    ({"leftpad_k": lengths(4)}, ValueError, "leftpad_k must be None, as `varying` says, got Tensor"),
+    ({"cu_seqlens_q": lengths(4)}, ValueError, r"cu_seqlens_q must have shape \(5,\), got \(4,\)"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), MISFITS)
+def test_updates_that_do_not_fit(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    made = plan()
+    before = made.update(lengths(4)).clone()
+    with pytest.raises(error, match=message):
+        made.update(**({"cache_seqlens": lengths(4, 1)} | change))
+    assert torch.equal(made.metadata, before)
+
+
+def test_a_varying_tensor_must_be_given() -> None:
+    with pytest.raises(ValueError, match="leftpad_k must be a tensor, as `varying` says, got NoneType"):
+        plan(varying=("leftpad_k",)).update(lengths(4))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"max_batch_size": -1}, ValueError, "max_batch_size must be from 0"),
+        ({"varying": ("page_table",)}, ValueError, "varying must be among .*, got page_table"),
+        ({"policy": "best"}, ValueError, "policy must be one of"),
+        ({"num_splits": 300}, ValueError, "num_splits must be from 0 to 256"),
+        ({"build": "vllm-0.1"}, ValueError, "version 0.1 of vllm is not supported"),
+        ({"build": "vllm-0.33.0", "sm_margin": 2}, ValueError, "sm_margin must be 0 for vllm-0.33.0"),
+    ],
+)
+def test_plans_that_cannot_be(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        plan(**change)
+
+
+def test_no_metadata_before_the_first_update() -> None:
+    with pytest.raises(RuntimeError, match=r"call update\(\) with the step's lengths first"):
+        plan().forward_arguments()
+
+
+def call(**change: Any) -> dict[str, Any]:
+    """A forward that fits `plan()` updated with 3 sequences."""
+    cache = torch.zeros(10, 64, 1, 128, dtype=torch.bfloat16)
+    return {
+        "q": torch.zeros(3, 1, 8, 128, dtype=torch.bfloat16), "k_cache": cache, "v_cache": cache, "causal": True,
+        "cache_seqlens": lengths(3), "page_table": torch.zeros(3, 128, dtype=torch.int32),
+    } | change  # fmt: skip
+
+
+def test_a_forward_that_fits() -> None:
+    made = plan(build="sglang-kernel-0.4.2")
+    made.update(lengths(3))
+    assert made.forward_arguments(**call())["num_splits"] == made.num_splits
+    narrower = call(page_table=torch.zeros(3, 100, dtype=torch.int32))
+    assert made.forward_arguments(**narrower)["scheduler_metadata"] is made.metadata
+
+
+OTHER_FORWARDS: list[tuple[dict[str, Any], str]] = [
+    ({"q": torch.zeros(2, 1, 8, 128, dtype=torch.bfloat16)}, "batch_size must be 3, .* got 2"),
+    ({"q": torch.zeros(3, 2, 8, 128, dtype=torch.bfloat16)}, "max_seqlen_q must be 1, .* got 2"),
+    ({"q": torch.zeros(3, 1, 4, 128, dtype=torch.bfloat16)}, "num_heads must be 8, .* got 4"),
+    ({"q": torch.zeros(3, 1, 8, 128, dtype=torch.float16)}, "qkv_dtype must be bfloat16, .* got float16"),
+    ({"q": torch.zeros(3, 1, 8, 128, dtype=torch.bfloat16, device="meta")}, "q must be on cpu like the plan, got meta"),
+    ({"page_table": torch.zeros(3, 129, dtype=torch.int32)}, "at most max_seqlen_k = 8192 tokens, .* got 8256"),
+    ({"page_table": None}, "page_size must be 64, .* got None"),
+    ({"causal": False}, "must give the schedule that the metadata was made for"),
+    ({"window_size": (100, 0)}, r"window_size=\(100, 0\)"),
+    ({"softcap": 30.0}, "has_softcap must be False, .* got True"),
+    ({"k": torch.zeros(3, 1, 1, 128, dtype=torch.bfloat16)}, "max_seqlen_k_new must be 0, .* got 1"),
+    ({"cache_leftpad": lengths(3)}, "has_leftpad_k must be False, .* got True"),
+    ({"attention_chunk": 128}, "attention_chunk must be 0, .* got 128"),
+    ({"cu_seqlens_q": torch.zeros(4, dtype=torch.int32), "max_seqlen_q": 1}, "has_cu_seqlens_q must be False"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), OTHER_FORWARDS)
+def test_forwards_that_do_not_fit(change: dict[str, Any], message: str) -> None:
+    made = plan(build="sglang-kernel-0.4.2")
+    made.update(lengths(3))
+    with pytest.raises(ValueError, match=message):
+        made.forward_arguments(**call(**change))
+
+
+def groups(build: str, device: str = "cpu") -> list[MetadataPlan]:
+    window = {"window_size": (1023, 0)}
+    other = {"num_heads": 32, "num_heads_k": 8, "headdim": 64, "causal": False, "num_splits": 1}
+    return [plan(build=build, device=device, **change) for change in ({}, window, other)]
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_several_groups(build: str) -> None:
+    plans, alone = groups(build), groups(build)
+    together = MetadataPlans(plans)
+    for seed, batch in enumerate((3, 993, 50)):
+        cache_seqlens = lengths(batch, seed)
+        made = together.update(cache_seqlens)
+        for one, single, metadata in zip(plans, alone, made, strict=True):
+            assert torch.equal(metadata, single.update(cache_seqlens))
+            assert one.forward_arguments()["scheduler_metadata"] is metadata
+            assert metadata.data_ptr() % 16 == together._buffer.data_ptr() % 16
+
+
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("batch", [1, 33, 1000])
+def test_the_kernel_for_several_groups(build: str, batch: int, device: torch.device) -> None:
+    plans = groups(build)
+    together = MetadataPlans(plans)
+    cache_seqlens = lengths(batch)
+    expected = together.update(cache_seqlens)
+    resolved = [one.plan_for(batch) for one in plans]
+    table = launch.layer_groups_table([launch_plan for _, launch_plan in resolved], together._starts).to(device)
+    out = torch.full((together._buffer.numel(),), -7, dtype=torch.int32, device=device)
+    pointers = (cache_seqlens.to(device), None, None, None, None)
+    launch.layer_groups_metadata(resolved[0][0], [launch_plan for _, launch_plan in resolved], table, pointers, out)
+    for start, metadata in zip(together._starts, expected, strict=True):
+        assert torch.equal(out[start : start + metadata.numel()].cpu(), metadata)
+
+
+def test_groups_must_share_their_lengths() -> None:
+    with pytest.raises(ValueError, match="plans must share max_seqlen_q, got 1 and 4"):
+        MetadataPlans([plan(), plan(max_seqlen_q=4)])
+    with pytest.raises(ValueError, match="plans must share varying"):
+        MetadataPlans([plan(), plan(varying=("leftpad_k",))])
+    with pytest.raises(ValueError, match="plans must hold at least one"):
+        MetadataPlans([])

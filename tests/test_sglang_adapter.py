@@ -1,0 +1,385 @@
+"""The SGLang adapter on stand-ins for SGLang's backend: same attribute names, a page table, and no attention."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import fa3_metadata
+import pytest
+import torch
+from fa3_metadata.engines import sglang
+from fa3_metadata.engines.sglang import LAYOUTS, attach, attach_new_backends
+
+BUILD = "sglang-kernel-0.4.2"
+HEADS, KV_HEADS, DIM, PAGE = 32, 8, 128, 16
+
+
+class Batch(SimpleNamespace):
+    """Of SGLang's ForwardBatch what the stand-ins look at."""
+
+    def __init__(self, lengths: list[int], speculative: bool = False) -> None:
+        super().__init__(seq_lens=torch.tensor(lengths), speculative=speculative)
+
+
+def forward_for(calls: list[dict[str, Any]]) -> Any:
+    """An FA3 forward that notes what it was called with."""
+
+    def flash_attn_with_kvcache(
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        page_table: torch.Tensor | None = None,
+        cache_seqlens: torch.Tensor | None = None,
+        cu_seqlens_q: torch.Tensor | None = None,
+        max_seqlen_q: int | None = None,
+        causal: bool = False,
+        window_size: tuple[int, int] = (-1, -1),
+        softcap: float = 0.0,
+        scheduler_metadata: torch.Tensor | None = None,
+        num_splits: int = 0,
+        pack_gqa: bool | None = None,
+        ver: int = 3,
+    ) -> torch.Tensor:
+        calls.append(dict(locals()))
+        return q
+
+    return flash_attn_with_kvcache
+
+
+class FlashAttentionMetadata:
+    cache_seqlens_int32: Any = None
+    cu_seqlens_q: Any = None
+    page_table: Any = None
+    scheduler_metadata: Any = None
+
+
+class Sglang:
+    """The modules that the adapter imports, for one of its layouts, and what was asked of them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, versions: str) -> None:
+        self.names = next(names for names in LAYOUTS if names.versions == versions)
+        self.calls: list[dict[str, Any]] = []
+        self.native_calls = 0
+        self.uses_package_kernel = True
+        self.module = module = ModuleType(self.names.module)
+        module.FlashAttentionMetadata = FlashAttentionMetadata  # type: ignore[attr-defined]
+        module.FlashAttentionBackend = self._backend_class()  # type: ignore[attr-defined]
+        self.forward = forward_for(self.calls)
+        for place in self.names.wrapped:
+            if place.startswith("module."):
+                setattr(module, place.removeprefix("module."), self.forward)
+        environ = ModuleType("sglang.srt.environ")
+        flag = SimpleNamespace(get=lambda: self.uses_package_kernel)
+        environ.envs = SimpleNamespace(SGLANG_USE_SGL_FA3_KERNEL=flag)  # type: ignore[attr-defined]
+        for name, value in ((self.names.module, module), ("sglang.srt.environ", environ)):
+            parents = name.split(".")[:-1]
+            for depth in range(1, len(parents) + 1):
+                monkeypatch.setitem(sys.modules, ".".join(parents[:depth]), ModuleType(parents[depth - 1]))
+            monkeypatch.setitem(sys.modules, name, value)
+
+    def _backend_class(self) -> type:
+        world = self
+        has_maker = bool(self.names.maker_keywords)
+        on_backend = "self.flash_attn_with_kvcache" in self.names.wrapped
+
+        class FlashAttentionBackend:
+            def __init__(self, version: int = 3) -> None:
+                self.fa_impl_ver, self.page_size = version, PAGE
+                self.forward_metadata: Any = None
+                self.decode_cuda_graph_metadata: dict[Any, Any] = {}
+                if has_maker:
+                    self._get_scheduler_metadata = world.native_maker
+                    self.buffer = torch.full((100,), -1, dtype=torch.int32)
+                if on_backend:
+                    self.flash_attn_with_kvcache = world.forward
+
+            def prepare(self, batch: Batch, pages: int) -> Any:
+                metadata = world.module.FlashAttentionMetadata()
+                count = len(batch.seq_lens)
+                metadata.cache_seqlens_int32 = batch.seq_lens.to(torch.int32)
+                metadata.cu_seqlens_q = torch.arange(count + 1, dtype=torch.int32)
+                metadata.page_table = torch.zeros(count, pages, dtype=torch.int32)
+                return metadata
+
+            def init_forward_metadata(self, batch: Batch) -> None:
+                longest = int(batch.seq_lens.max())
+                metadata = self.prepare(batch, -(-longest // PAGE))
+                if has_maker and not batch.speculative:
+                    metadata.scheduler_metadata = self._compute_scheduler_metadata(
+                        len(batch.seq_lens), longest, metadata.cache_seqlens_int32, metadata.cu_seqlens_q
+                    )
+                self.forward_metadata = metadata
+
+            def _compute_scheduler_metadata(
+                self, batch_size: int, max_seq_len_k: int, cache_seqlens: Any, cu_seqlens_q: Any
+            ) -> Any:
+                return self._get_scheduler_metadata(
+                    batch_size=batch_size, max_seqlen_q=1, max_seqlen_k=max_seq_len_k, num_heads=HEADS,
+                    num_heads_k=KV_HEADS, headdim=DIM, cache_seqlens=cache_seqlens, qkv_dtype=torch.bfloat16,
+                    cu_seqlens_q=cu_seqlens_q, page_size=PAGE, causal=True, has_softcap=False, num_splits=0,
+                )  # fmt: skip
+
+            def prepare_graph(self, batch: Batch, capture: bool) -> None:
+                """SGLang's side of a captured graph: make, and copy to a buffer that the graph reads."""
+                count = len(batch.seq_lens)
+                if capture:
+                    self.decode_cuda_graph_metadata[count] = self.prepare(batch, pages=64)
+                metadata = self.forward_metadata = self.decode_cuda_graph_metadata[count]
+                metadata.cache_seqlens_int32.copy_(batch.seq_lens)
+                if capture or metadata.scheduler_metadata is not None:
+                    made = self._compute_scheduler_metadata(
+                        count, int(batch.seq_lens.max()), metadata.cache_seqlens_int32, metadata.cu_seqlens_q
+                    )
+                    if made is not None:
+                        self.buffer[: len(made)] = made
+                        metadata.scheduler_metadata = self.buffer[: len(made)]
+
+            def decode_layer(self, headdim_v: int = DIM, window: int = -1) -> None:
+                metadata = self.forward_metadata
+                count = len(metadata.cache_seqlens_int32)
+                forward = self.flash_attn_with_kvcache if on_backend else world.module.flash_attn_with_kvcache
+                given = {"scheduler_metadata": metadata.scheduler_metadata if window < 0 else None} if has_maker else {}
+                forward(
+                    q=torch.zeros(count, HEADS, DIM, dtype=torch.bfloat16),
+                    k_cache=torch.zeros(4, PAGE, KV_HEADS, DIM, dtype=torch.bfloat16),
+                    v_cache=torch.zeros(4, PAGE, KV_HEADS, headdim_v, dtype=torch.bfloat16),
+                    page_table=metadata.page_table, cache_seqlens=metadata.cache_seqlens_int32,
+                    cu_seqlens_q=metadata.cu_seqlens_q, max_seqlen_q=1, causal=True,
+                    window_size=(window, 0 if window >= 0 else -1), num_splits=0, **given,
+                )  # fmt: skip
+
+        FlashAttentionBackend.__module__ = self.names.module
+        FlashAttentionBackend.__qualname__ = "FlashAttentionBackend"
+        return FlashAttentionBackend
+
+    def native_maker(self, **asked: Any) -> torch.Tensor:
+        self.native_calls += 1
+        return torch.zeros(1 + 4 * 4, dtype=torch.int32)
+
+    def backend(self, version: int = 3) -> Any:
+        return self.module.FlashAttentionBackend(version)  # type: ignore[attr-defined]
+
+
+@pytest.fixture(params=[names.versions for names in LAYOUTS])
+def world(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Sglang:
+    return Sglang(monkeypatch, request.param)
+
+
+@pytest.fixture
+def precompute(monkeypatch: pytest.MonkeyPatch) -> Sglang:
+    return Sglang(monkeypatch, LAYOUTS[0].versions)
+
+
+def forwards(world: Sglang, backend: Any) -> list[Any]:
+    """The forwards that layers call, as they are now."""
+    owners = {"self": backend, "module": world.module}
+    return [getattr(owners[place.split(".")[0]], place.split(".")[1]) for place in world.names.wrapped]
+
+
+def test_attach_wraps_and_detach_puts_back(world: Sglang) -> None:
+    backend = world.backend()
+    before = dict(vars(backend))
+    attached = attach(backend, BUILD)
+    assert attached.names is world.names
+    assert world.forward not in forwards(world, backend)
+    backend.init_forward_metadata(Batch([300, 5, 70]))
+    backend.decode_layer()
+    assert len(world.calls) == 1, "the layer still reaches SGLang's forward"
+    attached.detach()
+    assert all(forward is world.forward for forward in forwards(world, backend))
+    assert vars(backend).keys() == before.keys()
+    assert all(value == before[name] for name, value in vars(backend).items() if callable(value))
+    attached.detach()  # the second time: nothing
+
+
+def test_attach_is_idempotent_and_shared(world: Sglang) -> None:
+    first, second = world.backend(), world.backend()
+    attached = attach(first, BUILD)
+    assert attach(first, BUILD) is attached
+    wrapped = forwards(world, first)
+    other = attach(second, BUILD)
+    if "module" in world.names.wrapped[0]:
+        assert all(a is b for a, b in zip(forwards(world, second), wrapped, strict=True)), "wrapped once"
+    attached.detach()
+    assert world.forward not in forwards(world, second), "the second backend keeps its wrapped forward"
+    other.detach()
+    assert all(forward is world.forward for forward in forwards(world, second))
+    assert attach(first, BUILD) is not attached, "attachable again"
+
+
+def test_eager_decode_gets_what_the_forward_would_make(precompute: Sglang) -> None:
+    backend = precompute.backend()
+    attach(backend, BUILD)
+    lengths = [300, 5, 70]
+    backend.init_forward_metadata(Batch(lengths))
+    made = backend.forward_metadata.scheduler_metadata
+    wanted = fa3_metadata.get_scheduler_metadata(
+        3, 1, 19 * PAGE, HEADS, KV_HEADS, DIM, torch.tensor(lengths, dtype=torch.int32), page_size=PAGE, causal=True,
+        cu_seqlens_q=torch.arange(4, dtype=torch.int32), build=BUILD,
+    )  # fmt: skip
+    layout = fa3_metadata.metadata_layout(
+        3, 1, 19 * PAGE, HEADS, KV_HEADS, DIM, page_size=PAGE, causal=True,
+        cu_seqlens_q=torch.arange(4, dtype=torch.int32), build=BUILD,
+    )  # fmt: skip
+    ours, theirs = (fa3_metadata.unpack_metadata(tensor, layout) for tensor in (made, wanted))
+    assert all(torch.equal(ours[row], theirs[row]) for row in layout.rows)
+    assert precompute.native_calls == 0
+    backend.decode_layer()
+    assert precompute.calls[-1]["scheduler_metadata"] is made
+    backend.decode_layer(window=64)
+    assert precompute.calls[-1]["scheduler_metadata"] is None
+
+
+def test_eager_asks_for_the_page_tables_width(precompute: Sglang, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(sglang, "get_scheduler_metadata", lambda **call: asked.append(call) or torch.zeros(17))
+    backend = precompute.backend()
+    attach(backend, BUILD)
+    backend.init_forward_metadata(Batch([300, 5, 70]))
+    assert (asked[0]["max_seqlen_k"], asked[0]["build"]) == (304, BUILD), "in whole pages, as the forward counts"
+    assert asked[0]["cache_seqlens"] is backend.forward_metadata.cache_seqlens_int32
+
+
+def test_no_metadata_where_sglang_asks_for_none(precompute: Sglang) -> None:
+    backend = precompute.backend()
+    attach(backend, BUILD)
+    backend.init_forward_metadata(Batch([300]))
+    backend.init_forward_metadata(Batch([300], speculative=True))
+    assert backend.forward_metadata.scheduler_metadata is None, "nothing left over from the batch before"
+
+
+def test_a_failed_eager_batch_leaves_nothing_behind(precompute: Sglang) -> None:
+    backend = precompute.backend()
+    attach(backend, BUILD)
+    with pytest.raises(RuntimeError):
+        backend.init_forward_metadata(Batch([]))
+    backend.prepare_graph(Batch([300, 5]), capture=True)
+    assert backend.forward_metadata.scheduler_metadata is None, "the capture is not taken for an eager batch"
+
+
+def test_sm8x_leaves_eager_batches_to_fa3(precompute: Sglang, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sglang, "device_facts", lambda *_: (89, 128))
+    backend = precompute.backend()
+    attach(backend, BUILD)
+    backend.init_forward_metadata(Batch([300]))
+    assert backend.forward_metadata.scheduler_metadata is None
+
+
+def test_capture_is_left_to_the_wrapped_forward(precompute: Sglang) -> None:
+    backend = precompute.backend()
+    attached = attach(backend, BUILD)
+    backend.prepare_graph(Batch([1, 1]), capture=True)
+    assert backend.forward_metadata.scheduler_metadata is None
+    backend.prepare_graph(Batch([300, 70]), capture=False)
+    assert backend.forward_metadata.scheduler_metadata is None
+    assert precompute.native_calls == 0
+    assert bool((backend.buffer == -1).all()), "SGLang copies nothing"
+    attached.detach()
+    backend.prepare_graph(Batch([400, 70]), capture=False)
+    assert precompute.native_calls == 0, "a graph that makes its own metadata needs none from SGLang"
+
+
+def test_a_graph_captured_before_keeps_sglangs_metadata(precompute: Sglang) -> None:
+    backend = precompute.backend()
+    backend.prepare_graph(Batch([1, 1]), capture=True)
+    attach(backend, BUILD)
+    backend.buffer.fill_(-1)
+    backend.prepare_graph(Batch([300, 70]), capture=False)
+    assert precompute.native_calls == 2
+    assert bool((backend.buffer[:17] == 0).all()), "the buffer that the graph reads is refreshed"
+
+
+def test_layers_of_another_shape_get_no_eager_metadata(precompute: Sglang) -> None:
+    backend = precompute.backend()
+    attach(backend, BUILD)
+    backend.init_forward_metadata(Batch([300, 5, 70]))
+    backend.decode_layer(headdim_v=64)
+    assert precompute.calls[-1]["scheduler_metadata"] is None
+
+
+def test_another_backend_is_refused(precompute: Sglang) -> None:
+    for backend in (object(), None, SimpleNamespace(fa_impl_ver=3), type("B", (type(precompute.backend()),), {})()):
+        with pytest.raises(TypeError, match=r"must be sglang\..*FlashAttentionBackend, got"):
+            attach(backend, BUILD)
+
+
+def test_another_flash_attention_is_refused(precompute: Sglang) -> None:
+    with pytest.raises(RuntimeError, match=r"FlashAttention 3 .*got 4"):
+        attach(precompute.backend(4), BUILD)
+    precompute.uses_package_kernel = False
+    with pytest.raises(RuntimeError, match="SGLANG_USE_SGL_FA3_KERNEL must be true"):
+        attach(precompute.backend(), BUILD)
+
+
+@pytest.mark.parametrize("name", ["page_size", "forward_metadata", "decode_cuda_graph_metadata"])
+def test_an_unknown_sglang_is_refused_untouched(precompute: Sglang, name: str) -> None:
+    backend = precompute.backend()
+    delattr(backend, name)
+    before = dict(vars(backend))
+    with pytest.raises(RuntimeError, match=rf"without self\.{name}: this SGLang is not supported"):
+        attach(backend, BUILD)
+    assert vars(backend) == before
+    assert precompute.module.flash_attn_with_kvcache is precompute.forward  # type: ignore[attr-defined]
+
+
+def test_unknown_names_are_refused(world: Sglang, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = world.backend()
+    for place in [name for names in LAYOUTS for name in (names.marker, *names.wrapped)]:
+        owner, name = place.split(".")
+        (vars(backend) if owner == "self" else vars(world.module)).pop(name, None)
+    with pytest.raises(RuntimeError, match=r"must have one of .* got none"):
+        attach(backend, BUILD)
+
+
+def test_a_forward_without_metadata_is_refused(precompute: Sglang) -> None:
+    backend = precompute.backend()
+    before = dict(vars(backend))
+    precompute.module.flash_attn_with_kvcache = lambda q, k_cache, v_cache: q  # type: ignore[attr-defined]
+    with pytest.raises(TypeError, match="scheduler_metadata"):
+        attach(backend, BUILD)
+    assert vars(backend) == before
+
+
+def test_detach_refuses_what_somebody_has_replaced(world: Sglang) -> None:
+    backend = world.backend()
+    attached = attach(backend, BUILD)
+    owner, name = world.names.wrapped[0].split(".")
+    setattr(backend if owner == "self" else world.module, name, lambda **_: None)
+    with pytest.raises(RuntimeError, match=f"{name} must be as attach"):
+        attached.detach()
+    assert attach(backend, BUILD) is attached, "still attached"
+
+
+def test_another_build_of_a_shared_forward_is_refused(precompute: Sglang) -> None:
+    attach(precompute.backend(), BUILD)
+    with pytest.raises(ValueError, match=r"build must be 'sglang-kernel-0\.4\.2'"):
+        attach(precompute.backend(), "sglang-kernel-0.4.1")
+
+
+def test_attach_new_backends(world: Sglang, caplog: pytest.LogCaptureFixture) -> None:
+    earlier = world.backend()
+    with caplog.at_level(logging.INFO, "fa3_metadata"):
+        undo = attach_new_backends(BUILD)
+        assert attach_new_backends(BUILD) is undo
+        backend = world.backend()
+    assert caplog.messages == [
+        f"scheduler metadata: attached to the FlashAttentionBackend of SGLang {world.names.versions}"
+    ]
+    assert world.forward not in forwards(world, backend)
+    with pytest.raises(RuntimeError, match="FlashAttention 3"):
+        world.backend(4)
+    undo()
+    attach(backend).detach()
+    later = world.backend()
+    for untouched in (earlier, later):
+        assert all(forward is world.forward for forward in forwards(world, untouched))
+
+
+def test_the_kill_switch(precompute: Sglang, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FA3_METADATA_DISABLE", "1")
+    undo = attach_new_backends(BUILD)
+    assert forwards(precompute, precompute.backend()) == [precompute.forward]
+    undo()

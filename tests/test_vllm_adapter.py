@@ -1,0 +1,175 @@
+"""What vLLM's builders get from the vLLM adapter, on CPU and a stand-in for vLLM."""
+
+from __future__ import annotations
+
+import inspect
+import pathlib
+from collections.abc import Iterator
+from importlib import import_module
+from types import SimpleNamespace
+from typing import Any
+
+import fa3_metadata
+import pytest
+import torch
+from fa3_metadata.detect import BUILD_VARIABLE
+from fa3_metadata.engines import vllm as adapter
+
+from .vllm_stand_in import BUILD, DECODE, MLA, check, expected, gqa_builder, make_batch, mla_builder, stand_in
+
+
+@pytest.fixture(autouse=True)
+def _build(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(BUILD_VARIABLE, BUILD)
+
+
+@pytest.fixture
+def root(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pathlib.Path]:
+    with stand_in(tmp_path, monkeypatch) as folder:
+        yield folder
+
+
+MIXED = make_batch([300, 9000, 17, 2048], query_lens=[300, 1, 1, 512])
+GQA_CALLS = {
+    "decode": (DECODE, {}, {}),
+    "decode-fixed-splits": (DECODE, {"graphs": True}, {"num_splits": 32}),
+    "one-split": (DECODE, {"graphs": True, "splits": 1}, {"num_splits": 1}),
+    "mixed": (MIXED, {}, {}),
+    "mixed-fixed-splits": (MIXED, {"graphs": True, "splits": 8}, {"num_splits": 8}),
+    "window": (DECODE, {"window": (1023, 0)}, {"window_size": (1023, 0)}),
+    "window-narrow-heads": (
+        MIXED,
+        {"window": (127, 0), "heads": (64, 8), "headdim": 64},
+        {"window_size": (127, 0), "num_heads": 64, "headdim": 64},
+    ),
+    "bidirectional": (make_batch([40, 7], query_lens=[40, 7], causal=False), {}, {}),
+    "context-parallel": (MIXED, {"dcp": 2}, {"num_heads": 64, "causal": False}),
+}
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("case", GQA_CALLS)
+def test_gqa_builder_gets_our_metadata(root: pathlib.Path, case: str, in_place: bool) -> None:
+    batch, builder, call = GQA_CALLS[case]
+    import_module(adapter.GQA)
+    adapter.attach(in_place)
+    check(gqa_builder(**builder).build(batch), expected(batch, **call), batch.size)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("batch", [DECODE, make_batch([4000, 70, 9], query_lens=[2, 2, 1])], ids=["decode", "verify"])
+def test_mla_builder_gets_our_metadata(
+    root: pathlib.Path, batch: SimpleNamespace, graphs: bool, in_place: bool
+) -> None:
+    import_module(adapter.MLA)
+    adapter.attach(in_place)
+    wanted = expected(batch, num_splits=32 if graphs else 0, **MLA)
+    check(mla_builder(graphs)._build_decode(batch), wanted, batch.size)
+
+
+def test_cascade_calls() -> None:
+    """As versions with cascade attention ask: the common prefix as one sequence, then the rest of each."""
+    shape = {"num_heads_q": 32, "num_heads_kv": 8, "headdim": 128, "page_size": 16, "qkv_dtype": torch.float16}
+    prefix = make_batch([4096], query_lens=[7], causal=False)
+    suffix = make_batch([60, 9, 1000, 33, 8, 41, 5])
+    for batch in (prefix, suffix):
+        made = adapter.get_scheduler_metadata(
+            batch_size=batch.size, max_seqlen_q=batch.max_query_len, max_seqlen_k=batch.max_seq_len, **shape,
+            cache_seqlens=batch.lengths, cu_seqlens_q=batch.starts, causal=batch.causal, num_splits=16,
+        )  # fmt: skip
+        check(made, expected(batch, 16, qkv_dtype=torch.float16), batch.size)
+
+
+def test_signature_is_vllms_with_out() -> None:
+    signature = inspect.signature(adapter.get_scheduler_metadata)
+    plain = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+    assert [p.name for p in plain if p.kind is p.KEYWORD_ONLY] == ["out"]
+    ours = inspect.Signature([p for p in plain if p.name != "out"])
+    assert f"def {adapter.NAME}{ours}" in adapter.LEANS_ON["attach"][adapter.INTERFACE]
+
+
+def test_every_argument_arrives_under_our_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    real = inspect.signature(fa3_metadata.get_scheduler_metadata)
+    monkeypatch.setattr(
+        adapter.api, "get_scheduler_metadata", lambda *a, **k: seen.update(real.bind(*a, **k).arguments)
+    )
+    names = [name for name in inspect.signature(adapter.get_scheduler_metadata).parameters if name != "out"]
+    values: dict[str, Any] = {name: 10 + i for i, name in enumerate(names)}
+    adapter.get_scheduler_metadata(**values, out=torch.empty(3))
+    renamed = {"num_heads_q": "num_heads", "num_heads_kv": "num_heads_k", "cache_leftpad": "leftpad_k"}
+    for name, value in values.items():
+        assert seen.pop(renamed.get(name, name)) == value
+    assert seen.pop("out").shape == (3,)
+    assert seen == {"build": BUILD, "cu_seqlens_k": None, "seqused_q": None, "attention_chunk": 0}
+
+
+@pytest.mark.parametrize("splits", [1, 7, 32])
+def test_splits_are_those_that_vllm_fixed(root: pathlib.Path, monkeypatch: pytest.MonkeyPatch, splits: int) -> None:
+    seen = []
+    real = fa3_metadata.get_scheduler_metadata
+
+    def spy(*args: Any, **kwargs: Any) -> torch.Tensor:
+        seen.append(inspect.signature(real).bind(*args, **kwargs).arguments["num_splits"])
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(adapter.api, "get_scheduler_metadata", spy)
+    adapter.attach()
+    gqa_builder(graphs=True, splits=splits).build(DECODE)
+    gqa_builder(graphs=False).build(DECODE)
+    assert seen == [splits, 0]
+
+
+def test_other_flash_attention_versions_are_left_alone(root: pathlib.Path) -> None:
+    import_module(adapter.GQA)
+    attached = adapter.attach(in_place=True)
+    for version in (2, 4):
+        builder = gqa_builder(graphs=True, fa_version=version)
+        assert builder.build(DECODE) is None
+    assert not attached.used
+    # FA4 on Hopper takes over head dims above 256; vLLM asks for FA3's metadata all the same.
+    wide = gqa_builder(graphs=True, headdim=512)
+    assert wide.build(DECODE).tolist() == [-1] * 9
+    assert wide.scheduler_metadata.tolist() == [-1] * 9 + [0] * (wide.scheduler_metadata.numel() - 9)
+    assert gqa_builder().build(SimpleNamespace(**(vars(DECODE) | {"causal": torch.ones(5)}))).tolist() == [-1] * 9
+
+
+def test_in_place_leaves_the_buffer_as_vllm_does(root: pathlib.Path) -> None:
+    batches = [make_batch([900] * n) for n in (3, 12, 12, 5, 16, 1)]
+    plain, changed = gqa_builder(graphs=True), gqa_builder(graphs=True)
+    changed.scheduler_metadata[:] = 7  # nothing is known of a buffer from before attach()
+    for batch in batches:
+        adapter.attach().detach()
+        with_copy = adapter.attach()
+        stored = plain.build(batch)
+        with_copy.detach()
+        adapter.attach(in_place=True)
+        memory = changed.scheduler_metadata.data_ptr()
+        made = changed.build(batch)
+        assert made.data_ptr() == memory == changed.scheduler_metadata.data_ptr()
+        check(made, stored, batch.size)
+        assert not changed.scheduler_metadata[made.numel() :].any()
+        adapter.attach(in_place=True).detach()
+
+
+def test_in_place_zeroes_only_what_is_stale(root: pathlib.Path) -> None:
+    import_module(adapter.GQA)
+    adapter.attach(in_place=True)
+    builder = gqa_builder(graphs=True)
+    size = builder.build(make_batch([900] * 4)).numel()
+    builder.scheduler_metadata[-1] = 5  # would be zeroed if the rest were
+    builder.build(make_batch([900] * 4))
+    assert builder.scheduler_metadata[-1] == 5
+    larger = builder.build(make_batch([900] * 8)).numel()
+    assert larger > size
+    builder.update_draft_decode_metadata(make_batch([900] * 4))
+    assert not builder.scheduler_metadata[size:larger].any()
+
+
+def test_in_place_without_graphs_makes_new_tensors(root: pathlib.Path) -> None:
+    import_module(adapter.GQA)
+    adapter.attach(in_place=True)
+    builder = gqa_builder(graphs=False)
+    first, second = builder.build(DECODE), builder.build(DECODE)
+    assert first.data_ptr() != second.data_ptr()
