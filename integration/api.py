@@ -12,11 +12,11 @@ import torch
 from .arguments import LengthTensors, make_problem, output_tensor
 from .detect import detect_build
 from .native import native_metadata
+from .resolved import ResolvedCall
 from .triton_kernels.builds import FA3Rules, rules_for
 from .triton_kernels.layout import MetadataLayout
 from .triton_kernels.plan import LaunchPlan, make_plan
 from .triton_kernels.problem import Problem
-from .triton_kernels.reference import Lengths, reference_metadata
 
 BACKENDS = ("auto", "triton", "reference", "native")
 POLICIES = ("fa3",)
@@ -120,22 +120,28 @@ def get_scheduler_metadata(
             return torch.ops.fa3_metadata.get_scheduler_metadata(*operands)
         torch.ops.fa3_metadata.get_scheduler_metadata_out(out, *operands)
         return out
-    arguments = locals()
     if policy not in POLICIES:
         raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if cache_seqlens is None:
         raise TypeError("cache_seqlens must be a tensor, got NoneType")
-    tensors, problem = _read_call(arguments)
-    assert tensors is not None
     build, rules = resolve_build(build)
-    plan = make_plan(problem, rules)
-    out = output_tensor(out, plan.layout, cache_seqlens.device)
+    tensors = LengthTensors(cache_seqlens, cu_seqlens_q, cu_seqlens_k, cu_seqlens_k_new, seqused_q, leftpad_k)
+    presence = (cu_seqlens_q is not None, seqused_q is not None, leftpad_k is not None)
+    static = (
+        batch_size, max_seqlen_q, max_seqlen_k, num_heads, num_heads_k, headdim, headdim_v, qkv_dtype, *presence,
+        page_size, max_seqlen_k_new, causal, window_size, attention_chunk, has_softcap, num_splits, pack_gqa, sm_margin,
+        arch, num_sms,
+    )  # fmt: skip
+    resolved = _resolve(tensors, static, rules)
+    out = output_tensor(out, resolved.plan.layout, cache_seqlens.device)
     if backend == "native":
-        out.copy_(native_metadata(build, problem, tensors))
+        out.copy_(native_metadata(build, resolved.problem, tensors))
+    elif backend == "reference" or (backend == "auto" and out.device.type == "cpu"):
+        resolved.write_on_host(tensors, out)
     else:
-        _run(problem, plan, tensors, out, backend)
+        resolved.launch(tensors, out)
     return out
 
 
@@ -185,7 +191,12 @@ def plan_call(
     Without `cache_seqlens` the call is for `device` (None: an H100 SXM or H200).
     """
     arguments = _DEFAULTS | arguments
-    tensors, problem = _read_call(arguments, device)
+    tensors = None
+    if arguments["cache_seqlens"] is not None:
+        tensors = LengthTensors(**{name: arguments[name] for name in LengthTensors._fields})
+    static = {name: arguments[name] for name in _STATIC if name not in _PRESENCE}
+    static |= {name: arguments[name.removeprefix("has_")] is not None for name in _PRESENCE}
+    problem = make_problem(tensors, device=device, **static)
     rules = resolve_build(arguments["build"])[1]
     return tensors, problem, rules, make_plan(problem, rules)
 
@@ -211,60 +222,33 @@ def resolve_build(build: str | None) -> tuple[str, FA3Rules]:
 _rules_for = lru_cache(maxsize=64)(rules_for)
 
 
-def _read_call(arguments: dict[str, Any], device: torch.device | None = None) -> tuple[LengthTensors | None, Problem]:
-    """Tensors and problem of a call from its arguments by name. Without lengths, only sizes are asked."""
-    tensors = None
-    if arguments["cache_seqlens"] is not None:
-        tensors = LengthTensors(**{name: arguments[name] for name in _TENSORS})
-    presence: dict[str, Any] = {name: arguments[name.removeprefix("has_")] is not None for name in _PRESENCE}
-    static = {name: arguments[name] for name in _STATIC}
-    return tensors, make_problem(tensors, device=device, **static, **presence)
+_STATIC = tuple(field.name for field in fields(Problem))  # the order of `static` below
+_PRESENCE = ("has_cu_seqlens_q", "has_seqused_q", "has_leftpad_k")
+_resolved: dict[tuple[Any, ...], ResolvedCall] = {}
+_MOST_RESOLVED = 4096
 
 
-_TENSORS = tuple(field.name for field in fields(LengthTensors))
+def _resolve(tensors: LengthTensors, static: tuple[Any, ...], rules: FA3Rules) -> ResolvedCall:
+    """The checked call; remembered, so that the same call again costs a look-up and a check of the tensors."""
+    try:
+        key = (*static, rules, tensors.cache_seqlens.device)
+        found = _resolved.get(key)
+    except (TypeError, AttributeError):  # no tensor, or a list for the window: the slow path says what is wrong
+        key, found = None, None
+    if found is not None:
+        tensors.check(found.problem.batch_size)
+        return found
+    problem = make_problem(tensors, **dict(zip(_STATIC, static, strict=True)))
+    made = ResolvedCall(problem, make_plan(problem, rules))
+    if key is not None:
+        if len(_resolved) >= _MOST_RESOLVED:
+            _resolved.clear()
+        _resolved[key] = made
+    return made
+
+
 _DEFAULTS = {
     name: parameter.default
     for name, parameter in inspect.signature(metadata_layout).parameters.items()
     if parameter.default is not inspect.Parameter.empty
 }
-_PRESENCE = ("has_cu_seqlens_q", "has_seqused_q", "has_leftpad_k")
-_STATIC = tuple(field.name for field in fields(Problem) if field.name not in _PRESENCE)
-
-
-def make_metadata(problem: Problem, plan: LaunchPlan, tensors: LengthTensors) -> torch.Tensor:
-    """A new tensor of metadata, by the kernel on CUDA and by the NumPy model on CPU."""
-    out = torch.empty(plan.layout.size, dtype=torch.int32, device=tensors.cache_seqlens.device)
-    _run(problem, plan, tensors, out, "auto")
-    return out
-
-
-def _run(problem: Problem, plan: LaunchPlan, tensors: LengthTensors, out: torch.Tensor, backend: str) -> None:
-    if backend == "reference" or (backend == "auto" and out.device.type == "cpu"):
-        out.copy_(torch.from_numpy(reference_metadata(problem, plan, host_lengths(tensors))))
-    else:
-        _launch(problem, plan, tensors, out)
-
-
-def host_lengths(tensors: LengthTensors) -> Lengths:
-    """The lengths as NumPy arrays; synchronises with CUDA tensors."""
-    arrays: dict[str, Any] = {field.name: getattr(tensors, field.name) for field in fields(Lengths)}
-    arrays = {name: None if tensor is None else tensor.detach().cpu().numpy() for name, tensor in arrays.items()}
-    return Lengths(**arrays)
-
-
-def _launch(problem: Problem, plan: LaunchPlan, tensors: LengthTensors, out: torch.Tensor) -> None:
-    try:
-        from .triton_kernels import kernel, launch
-    except ImportError as error:
-        raise RuntimeError(f'backend="triton" needs Triton, which does not import here: {error}') from error
-    if out.device.type == "cpu" and not kernel.INTERPRETED:
-        raise RuntimeError(
-            'backend="triton" runs on CPU tensors only in Triton\'s interpreter: set TRITON_INTERPRET=1 before '
-            'triton is imported, or use backend="reference"'
-        )
-    lengths = tensors.pointers()
-    if out.device.type == "cuda" and out.device.index != torch.cuda.current_device():
-        with torch.cuda.device(out.device):
-            launch.triton_metadata(problem, plan, lengths, out)
-    else:
-        launch.triton_metadata(problem, plan, lengths, out)

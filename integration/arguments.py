@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -15,8 +15,7 @@ _DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float8_e4
 DEFAULT_ARCH, DEFAULT_NUM_SMS = 90, 132  # H100 SXM, H200
 
 
-@dataclass(frozen=True, eq=False)
-class LengthTensors:
+class LengthTensors(NamedTuple):
     """The tensors of a call: 1-D, int32 or int64, any stride, one device. b values, or b + 1 for `cu_...`."""
 
     cache_seqlens: torch.Tensor
@@ -32,20 +31,19 @@ class LengthTensors:
 
     def check(self, batch_size: int) -> None:
         """Raise `TypeError` or `ValueError` for the first tensor that does not fit a batch of this size."""
-        for field in fields(self):
-            tensor = getattr(self, field.name)
-            if tensor is None and field.name != "cache_seqlens":
+        for name, tensor in zip(self._fields, self, strict=True):
+            if tensor is None and name != "cache_seqlens":
                 continue
             if not isinstance(tensor, torch.Tensor):
-                raise TypeError(f"{field.name} must be a tensor, got {type(tensor).__name__}")
-            if tensor.dtype not in (torch.int32, torch.int64):
-                raise TypeError(f"{field.name} must have dtype int32 or int64, got {tensor.dtype}")
-            length = batch_size + field.name.startswith("cu_")
+                raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+            if tensor.dtype is not torch.int32 and tensor.dtype is not torch.int64:
+                raise TypeError(f"{name} must have dtype int32 or int64, got {tensor.dtype}")
+            length = batch_size + name.startswith("cu_")
             if tensor.shape != (length,):
-                raise ValueError(f"{field.name} must have shape ({length},), got {tuple(tensor.shape)}")
-            if tensor.device != self.cache_seqlens.device:
+                raise ValueError(f"{name} must have shape ({length},), got {tuple(tensor.shape)}")
+            if tensor is not self.cache_seqlens and tensor.device != self.cache_seqlens.device:
                 raise ValueError(
-                    f"{field.name} must be on {self.cache_seqlens.device} like cache_seqlens, got {tensor.device}"
+                    f"{name} must be on {self.cache_seqlens.device} like cache_seqlens, got {tensor.device}"
                 )
 
 

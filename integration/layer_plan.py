@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 
-from .api import POLICIES, host_lengths, resolve_build
+from .api import POLICIES, resolve_build
 from .arguments import LengthTensors, make_problem
 from .calls import ForwardCall
 from .providers import provider_of
-from .triton_kernels.plan import LaunchPlan, make_plan
+from .resolved import ResolvedCall, load_launch, on_device
+from .triton_kernels.plan import make_plan
 from .triton_kernels.problem import Problem, checked_int
-from .triton_kernels.reference import reference_metadata
 
 VARYING = ("cu_seqlens_q", "seqused_q", "cu_seqlens_k_new", "leftpad_k")
 _ALIGNMENT = 4  # int32 elements: FA3 reads rows 16 bytes at a time
@@ -100,19 +100,19 @@ class MetadataPlan:
             pack_gqa=pack_gqa,
             sm_margin=sm_margin,
         )
-        self._plans: dict[int, tuple[Problem, LaunchPlan]] = {}
-        resolved = self.plan_for(self.max_batch_size)[1]
+        self._resolved: dict[int, ResolvedCall] = {}
+        resolved = self.resolved(self.max_batch_size).plan
         self.num_splits, self.pack_gqa, self.sm_margin = resolved.num_splits, resolved.pack_gqa, sm_margin
         # Layouts of up to 992 sequences may have a row more.
-        self.capacity = max(self.plan_for(min(b, self.max_batch_size))[1].layout.size for b in (992, max_batch_size))
+        self.capacity = max(self.resolved(min(b, self.max_batch_size)).plan.layout.size for b in (992, max_batch_size))
         self._group = MetadataPlans([self])
 
-    def plan_for(self, batch_size: int) -> tuple[Problem, LaunchPlan]:
+    def resolved(self, batch_size: int) -> ResolvedCall:
         """Problem and launch plan of a batch of this size."""
-        if batch_size not in self._plans:
+        if (found := self._resolved.get(batch_size)) is None:
             problem = replace(self.problem, batch_size=batch_size)
-            self._plans[batch_size] = problem, make_plan(problem, self._rules)
-        return self._plans[batch_size]
+            found = self._resolved[batch_size] = ResolvedCall(problem, make_plan(problem, self._rules))
+        return found
 
     def update(
         self,
@@ -162,8 +162,8 @@ class MetadataPlan:
         return {name: value for name, value in ours.items() if name not in self._not_taken}
 
     def _check_call(self, call: ForwardCall, metadata: torch.Tensor) -> None:
-        batch_size = self._group.batch_size
-        made, made_plan = self.plan_for(batch_size)
+        resolved = self.resolved(self._group.batch_size)
+        made, made_plan = resolved.problem, resolved.plan
         asked = call.problem(self.problem.arch, self.problem.num_sms)
         if metadata.device != call.device:
             raise ValueError(f"q must be on {metadata.device} like the plan, got {call.device}")
@@ -190,12 +190,17 @@ class MetadataPlan:
                 )
 
 
-@dataclass(frozen=True, eq=False)
 class _Step:
-    """What the last update was for."""
+    """What is kept for each batch size: the resolved calls, the views of the buffer, the launch for all."""
 
-    batch_size: int
-    views: tuple[torch.Tensor, ...]
+    def __init__(self, resolved: list[ResolvedCall], views: tuple[torch.Tensor, ...]) -> None:
+        self.resolved, self.views = resolved, views
+        self.batch_size = resolved[0].problem.batch_size
+        self.launches: dict[bool, Any] = {}  # by whether the lengths are contiguous
+
+
+# Buffers that a CUDA graph writes to: the graph knows only their addresses, so they are never freed.
+_captured: list[torch.Tensor] = []
 
 
 class MetadataPlans:
@@ -226,6 +231,7 @@ class MetadataPlans:
         self._starts = starts[:-1]
         self._buffer = torch.empty(starts[-1], dtype=torch.int32, device=first.device)
         self._table = self._make_table()
+        self._kept = False
         self._steps: dict[int, _Step] = {}
         self._step: _Step | None = None
         for plan in self.plans:
@@ -264,7 +270,14 @@ class MetadataPlans:
         tensors = LengthTensors(cache_seqlens, **given)
         batch_size = self._checked_batch_size(tensors, given)
         step = self._steps.get(batch_size) or self._new_step(batch_size)
-        self._launch(batch_size, tensors, step)
+        if len(self.plans) == 1:
+            step.resolved[0].write(tensors, step.views[0])
+        elif self._table is None:
+            for resolved, view in zip(step.resolved, step.views, strict=True):
+                resolved.write_on_host(tensors, view)
+        else:
+            self._launch(tensors, step)
+        self._keep_if_captured()
         self._step = step
         return step.views
 
@@ -287,36 +300,35 @@ class MetadataPlans:
         return batch_size
 
     def _new_step(self, batch_size: int) -> _Step:
-        sizes = [plan.plan_for(batch_size)[1].layout.size for plan in self.plans]
+        resolved = [plan.resolved(batch_size) for plan in self.plans]
+        sizes = (one.plan.layout.size for one in resolved)
         views = tuple(self._buffer[start : start + size] for start, size in zip(self._starts, sizes, strict=True))
-        step = self._steps[batch_size] = _Step(batch_size, views)
+        step = self._steps[batch_size] = _Step(resolved, views)
         return step
 
-    def _launch(self, batch_size: int, tensors: LengthTensors, step: _Step) -> None:
-        resolved = [plan.plan_for(batch_size) for plan in self.plans]
-        if self._buffer.device.type == "cpu":
-            for (problem, plan), view in zip(resolved, step.views, strict=True):
-                view.copy_(torch.from_numpy(reference_metadata(problem, plan, host_lengths(tensors))))
-            return
-        from .triton_kernels import launch
-
+    def _launch(self, tensors: LengthTensors, step: _Step) -> None:
+        kernels = load_launch(self._buffer.device)
         lengths = tensors.pointers()
-        problem, plan = resolved[0]
-        with torch.cuda.device(self._buffer.device):
-            if len(resolved) == 1:
-                launch.triton_metadata(problem, plan, lengths, step.views[0])
-                return
-            assert self._table is not None  # __init__ made it for several plans on a GPU
-            launch.layer_groups_metadata(problem, [plan for _, plan in resolved], self._table, lengths, self._buffer)
+        contiguous = kernels.are_contiguous(lengths)
+        if (launch := step.launches.get(contiguous)) is None:
+            plans = [one.plan for one in step.resolved]
+            launch = kernels.layer_groups_launch(step.resolved[0].problem, plans, contiguous)
+            step.launches[contiguous] = launch
+        on_device(self._buffer.device, launch, (self._buffer, self._table), lengths)
 
     def _make_table(self) -> torch.Tensor | None:
         """The numbers of the plans on the device. They do not depend on the batch size, so once is enough."""
         if len(self.plans) == 1 or self._buffer.device.type == "cpu":
             return None
-        from .triton_kernels import launch
+        plans = [plan.resolved(self.max_batch_size).plan for plan in self.plans]
+        table: torch.Tensor = load_launch(self._buffer.device).layer_groups_table(plans, self._starts)
+        return table.to(self._buffer.device)
 
-        resolved = [plan.plan_for(self.max_batch_size)[1] for plan in self.plans]
-        return launch.layer_groups_table(resolved, self._starts).to(self._buffer.device)
+    def _keep_if_captured(self) -> None:
+        if self._kept or self._buffer.device.type == "cpu" or not torch.cuda.is_current_stream_capturing():
+            return
+        self._kept = True
+        _captured.extend(tensor for tensor in (self._buffer, self._table) if tensor is not None)
 
 
 def _indexed(device: torch.device) -> torch.device:

@@ -69,7 +69,7 @@ def _(*args: Any, **kwargs: Any) -> torch.Tensor:
     few, many = layout(1), layout(993)
     if len(few.row_names) != len(many.row_names) and batch_size > 992:  # a guard only where it matters
         few = many
-    size = len(few.row_names) * ((batch_size + 3) // 4 * 4) + few.has_semaphore
+    size = len(few.row_names) * ((batch_size + 3) // 4 * 4) + int(few.has_semaphore)
     return lengths.new_empty(size, dtype=torch.int32)
 
 

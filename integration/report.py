@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from .api import get_scheduler_metadata, host_lengths, plan_call, unpack_metadata
+from .api import get_scheduler_metadata, plan_call, unpack_metadata
+from .resolved import host_lengths
 from .triton_kernels.plan import MAX_DYNAMIC_SPLIT_BATCH, LaunchPlan
 from .triton_kernels.problem import Problem
 from .triton_kernels.reference import sequence_lengths

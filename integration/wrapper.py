@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from .api import make_metadata, resolve_build
+from .api import resolve_build
 from .arguments import device_facts
 from .calls import ForwardCall
+from .resolved import ResolvedCall
 from .triton_kernels.builds import FA3Rules
 from .triton_kernels.plan import LaunchPlan, make_plan
 
@@ -138,7 +139,8 @@ def _find_or_make(scope: _Scope, asked: ForwardCall, rules: FA3Rules) -> _Made:
     if made is None or layer in made.layers:
         tensors.check(problem.batch_size)
         plan = make_plan(problem, rules)
-        metadata = make_metadata(problem, plan, tensors)
+        metadata = torch.empty(plan.layout.size, dtype=torch.int32, device=asked.device)
+        ResolvedCall(problem, plan).write(tensors, metadata)
         made = scope.made[key] = _Made(plan, metadata, inputs)
     made.layers.add(layer)
     return made

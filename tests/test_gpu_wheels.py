@@ -141,7 +141,7 @@ def attend_again(batch: DecodeBatch, metadata: torch.Tensor | None, num_splits: 
         except RuntimeError as error:
             if "doesn't have storage" not in str(error):
                 raise
-            copies = {name: value.clone() for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+            copies = {name: getattr(batch, name).clone() for name in ("q", "page_table", "cache_seqlens")}
             batch = dataclasses.replace(batch, **copies)
     raise RuntimeError("the wheel failed 60 times in a row")
 

@@ -183,11 +183,12 @@ def test_the_kernel_for_several_groups(build: str, batch: int, device: torch.dev
     together = MetadataPlans(plans)
     cache_seqlens = lengths(batch)
     expected = together.update(cache_seqlens)
-    resolved = [one.plan_for(batch) for one in plans]
-    table = launch.layer_groups_table([launch_plan for _, launch_plan in resolved], together._starts).to(device)
+    resolved = [one.resolved(batch) for one in plans]
+    launch_plans = [one.plan for one in resolved]
+    table = launch.layer_groups_table(launch_plans, together._starts).to(device)
     out = torch.full((together._buffer.numel(),), -7, dtype=torch.int32, device=device)
     pointers = (cache_seqlens.to(device), None, None, None, None)
-    launch.layer_groups_metadata(resolved[0][0], [launch_plan for _, launch_plan in resolved], table, pointers, out)
+    launch.layer_groups_launch(resolved[0].problem, launch_plans, True)((out, table), pointers)
     for start, metadata in zip(together._starts, expected, strict=True):
         assert torch.equal(out[start : start + metadata.numel()].cpu(), metadata)
 

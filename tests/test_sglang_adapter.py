@@ -1,10 +1,9 @@
-"""The SGLang adapter on stand-ins for SGLang's backend: same attribute names, a page table, and no attention."""
+"""The SGLang adapter, on stand-ins for SGLang's backend (sglang_standin.py)."""
 
 from __future__ import annotations
 
 import logging
-import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import fa3_metadata
@@ -13,154 +12,9 @@ import torch
 from fa3_metadata.engines import sglang
 from fa3_metadata.engines.sglang import LAYOUTS, attach, attach_new_backends
 
+from .sglang_standin import DIM, HEADS, KV_HEADS, PAGE, Batch, Sglang
+
 BUILD = "sglang-kernel-0.4.2"
-HEADS, KV_HEADS, DIM, PAGE = 32, 8, 128, 16
-
-
-class Batch(SimpleNamespace):
-    """Of SGLang's ForwardBatch what the stand-ins look at."""
-
-    def __init__(self, lengths: list[int], speculative: bool = False) -> None:
-        super().__init__(seq_lens=torch.tensor(lengths), speculative=speculative)
-
-
-def forward_for(calls: list[dict[str, Any]]) -> Any:
-    """An FA3 forward that notes what it was called with."""
-
-    def flash_attn_with_kvcache(
-        q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        page_table: torch.Tensor | None = None,
-        cache_seqlens: torch.Tensor | None = None,
-        cu_seqlens_q: torch.Tensor | None = None,
-        max_seqlen_q: int | None = None,
-        causal: bool = False,
-        window_size: tuple[int, int] = (-1, -1),
-        softcap: float = 0.0,
-        scheduler_metadata: torch.Tensor | None = None,
-        num_splits: int = 0,
-        pack_gqa: bool | None = None,
-        ver: int = 3,
-    ) -> torch.Tensor:
-        calls.append(dict(locals()))
-        return q
-
-    return flash_attn_with_kvcache
-
-
-class FlashAttentionMetadata:
-    cache_seqlens_int32: Any = None
-    cu_seqlens_q: Any = None
-    page_table: Any = None
-    scheduler_metadata: Any = None
-
-
-class Sglang:
-    """The modules that the adapter imports, for one of its layouts, and what was asked of them."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, versions: str) -> None:
-        self.names = next(names for names in LAYOUTS if names.versions == versions)
-        self.calls: list[dict[str, Any]] = []
-        self.native_calls = 0
-        self.uses_package_kernel = True
-        self.module = module = ModuleType(self.names.module)
-        module.FlashAttentionMetadata = FlashAttentionMetadata  # type: ignore[attr-defined]
-        module.FlashAttentionBackend = self._backend_class()  # type: ignore[attr-defined]
-        self.forward = forward_for(self.calls)
-        for place in self.names.wrapped:
-            if place.startswith("module."):
-                setattr(module, place.removeprefix("module."), self.forward)
-        environ = ModuleType("sglang.srt.environ")
-        flag = SimpleNamespace(get=lambda: self.uses_package_kernel)
-        environ.envs = SimpleNamespace(SGLANG_USE_SGL_FA3_KERNEL=flag)  # type: ignore[attr-defined]
-        for name, value in ((self.names.module, module), ("sglang.srt.environ", environ)):
-            parents = name.split(".")[:-1]
-            for depth in range(1, len(parents) + 1):
-                monkeypatch.setitem(sys.modules, ".".join(parents[:depth]), ModuleType(parents[depth - 1]))
-            monkeypatch.setitem(sys.modules, name, value)
-
-    def _backend_class(self) -> type:
-        world = self
-        has_maker = bool(self.names.maker_keywords)
-        on_backend = "self.flash_attn_with_kvcache" in self.names.wrapped
-
-        class FlashAttentionBackend:
-            def __init__(self, version: int = 3) -> None:
-                self.fa_impl_ver, self.page_size = version, PAGE
-                self.forward_metadata: Any = None
-                self.decode_cuda_graph_metadata: dict[Any, Any] = {}
-                if has_maker:
-                    self._get_scheduler_metadata = world.native_maker
-                    self.buffer = torch.full((100,), -1, dtype=torch.int32)
-                if on_backend:
-                    self.flash_attn_with_kvcache = world.forward
-
-            def prepare(self, batch: Batch, pages: int) -> Any:
-                metadata = world.module.FlashAttentionMetadata()
-                count = len(batch.seq_lens)
-                metadata.cache_seqlens_int32 = batch.seq_lens.to(torch.int32)
-                metadata.cu_seqlens_q = torch.arange(count + 1, dtype=torch.int32)
-                metadata.page_table = torch.zeros(count, pages, dtype=torch.int32)
-                return metadata
-
-            def init_forward_metadata(self, batch: Batch) -> None:
-                longest = int(batch.seq_lens.max())
-                metadata = self.prepare(batch, -(-longest // PAGE))
-                if has_maker and not batch.speculative:
-                    metadata.scheduler_metadata = self._compute_scheduler_metadata(
-                        len(batch.seq_lens), longest, metadata.cache_seqlens_int32, metadata.cu_seqlens_q
-                    )
-                self.forward_metadata = metadata
-
-            def _compute_scheduler_metadata(
-                self, batch_size: int, max_seq_len_k: int, cache_seqlens: Any, cu_seqlens_q: Any
-            ) -> Any:
-                return self._get_scheduler_metadata(
-                    batch_size=batch_size, max_seqlen_q=1, max_seqlen_k=max_seq_len_k, num_heads=HEADS,
-                    num_heads_k=KV_HEADS, headdim=DIM, cache_seqlens=cache_seqlens, qkv_dtype=torch.bfloat16,
-                    cu_seqlens_q=cu_seqlens_q, page_size=PAGE, causal=True, has_softcap=False, num_splits=0,
-                )  # fmt: skip
-
-            def prepare_graph(self, batch: Batch, capture: bool) -> None:
-                """SGLang's side of a captured graph: make, and copy to a buffer that the graph reads."""
-                count = len(batch.seq_lens)
-                if capture:
-                    self.decode_cuda_graph_metadata[count] = self.prepare(batch, pages=64)
-                metadata = self.forward_metadata = self.decode_cuda_graph_metadata[count]
-                metadata.cache_seqlens_int32.copy_(batch.seq_lens)
-                if capture or metadata.scheduler_metadata is not None:
-                    made = self._compute_scheduler_metadata(
-                        count, int(batch.seq_lens.max()), metadata.cache_seqlens_int32, metadata.cu_seqlens_q
-                    )
-                    if made is not None:
-                        self.buffer[: len(made)] = made
-                        metadata.scheduler_metadata = self.buffer[: len(made)]
-
-            def decode_layer(self, headdim_v: int = DIM, window: int = -1) -> None:
-                metadata = self.forward_metadata
-                count = len(metadata.cache_seqlens_int32)
-                forward = self.flash_attn_with_kvcache if on_backend else world.module.flash_attn_with_kvcache
-                given = {"scheduler_metadata": metadata.scheduler_metadata if window < 0 else None} if has_maker else {}
-                forward(
-                    q=torch.zeros(count, HEADS, DIM, dtype=torch.bfloat16),
-                    k_cache=torch.zeros(4, PAGE, KV_HEADS, DIM, dtype=torch.bfloat16),
-                    v_cache=torch.zeros(4, PAGE, KV_HEADS, headdim_v, dtype=torch.bfloat16),
-                    page_table=metadata.page_table, cache_seqlens=metadata.cache_seqlens_int32,
-                    cu_seqlens_q=metadata.cu_seqlens_q, max_seqlen_q=1, causal=True,
-                    window_size=(window, 0 if window >= 0 else -1), num_splits=0, **given,
-                )  # fmt: skip
-
-        FlashAttentionBackend.__module__ = self.names.module
-        FlashAttentionBackend.__qualname__ = "FlashAttentionBackend"
-        return FlashAttentionBackend
-
-    def native_maker(self, **asked: Any) -> torch.Tensor:
-        self.native_calls += 1
-        return torch.zeros(1 + 4 * 4, dtype=torch.int32)
-
-    def backend(self, version: int = 3) -> Any:
-        return self.module.FlashAttentionBackend(version)  # type: ignore[attr-defined]
 
 
 @pytest.fixture(params=[names.versions for names in LAYOUTS])
@@ -253,11 +107,16 @@ def test_no_metadata_where_sglang_asks_for_none(precompute: Sglang) -> None:
 
 def test_a_failed_eager_batch_leaves_nothing_behind(precompute: Sglang) -> None:
     backend = precompute.backend()
+    backend.prepare_graph(Batch([1, 1]), capture=True)
     attach(backend, BUILD)
-    with pytest.raises(RuntimeError):
-        backend.init_forward_metadata(Batch([]))
-    backend.prepare_graph(Batch([300, 5]), capture=True)
-    assert backend.forward_metadata.scheduler_metadata is None, "the capture is not taken for an eager batch"
+    with pytest.raises(MemoryError):
+        backend.init_forward_metadata(Batch([300], fails=True))
+    backend.init_forward_metadata(Batch([300], speculative=True))
+    assert backend.forward_metadata.scheduler_metadata is None, "not that of the failed batch"
+    with pytest.raises(MemoryError):
+        backend.init_forward_metadata(Batch([300], fails=True))
+    backend.prepare_graph(Batch([300, 5]), capture=False)
+    assert precompute.native_calls == 2, "a replay is not taken for an eager batch"
 
 
 def test_sm8x_leaves_eager_batches_to_fa3(precompute: Sglang, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,6 +139,27 @@ def test_capture_is_left_to_the_wrapped_forward(precompute: Sglang) -> None:
     attached.detach()
     backend.prepare_graph(Batch([400, 70]), capture=False)
     assert precompute.native_calls == 0, "a graph that makes its own metadata needs none from SGLang"
+
+
+def test_layers_of_a_kind_share_what_the_first_of_them_makes(world: Sglang) -> None:
+    """`step()` stands in for the capture of a graph, which needs a GPU."""
+    backend = world.backend()
+    attach(backend, BUILD)
+    backend.prepare_graph(Batch([300, 5, 70]), capture=True)
+    with fa3_metadata.step():
+        for window in (-1, 64, -1, 64):
+            backend.decode_layer(window=window)
+    full, window, *again = (call["scheduler_metadata"] for call in world.calls)
+    assert full is not None
+    assert window is not None
+    assert again[0] is full
+    assert again[1] is window
+    assert full is not window
+    plan = fa3_metadata.MetadataPlan(
+        max_batch_size=3, max_seqlen_k=64 * PAGE, num_heads=HEADS, num_heads_k=KV_HEADS, headdim=DIM, device="cpu",
+        page_size=PAGE, causal=True, varying=["cu_seqlens_q"], build=BUILD,
+    )  # fmt: skip
+    assert (world.calls[0]["num_splits"], world.calls[0]["pack_gqa"]) == (plan.num_splits, plan.pack_gqa)
 
 
 def test_a_graph_captured_before_keeps_sglangs_metadata(precompute: Sglang) -> None:

@@ -147,7 +147,7 @@ class FlashAttnMLAMetadataBuilder:
 
 @contextmanager
 def stand_in(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pathlib.Path]:
-    """Put the stand-in for vLLM in `folder` and on the path; what of a real vLLM was imported is put back at the end."""
+    """The stand-in, written to `folder` and on the path. A real vLLM that was imported is put back at the end."""
     for path, source in FILES.items():
         file = folder / "vllm" / path
         file.parent.mkdir(parents=True, exist_ok=True)

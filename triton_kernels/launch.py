@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
 import triton
 
-from .kernel import INTERPRETED, TABLE_COLUMNS, prepare_layer_groups_kernel, prepare_varlen_num_blocks_kernel
+from . import kernel
+from .kernel import TABLE_COLUMNS, prepare_layer_groups_kernel, prepare_varlen_num_blocks_kernel
 from .layout import ROW_ALIGNMENT
 from .plan import MAX_DYNAMIC_SPLIT_BATCH, LaunchPlan
 from .problem import Problem
 from .reciprocal import approximate_reciprocal
 
+INTERPRETED = kernel.INTERPRETED
 # cache_seqlens, cu_seqlens_q, seqused_q, cu_seqlens_k_new, leftpad_k: 1-D, int32 or int64, any stride; or None
 LengthPointers = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+_UNIT_STRIDES = (1, 1, 1, 1, 1)
 _ROWS = ("num_splits_dynamic", "num_m_blocks", "packed_seqlen_q", "varlen_batch_idx", "num_nheads_in_l2")
 # GROUP -> (SLICE, num_warps), where the order is counted: measured on an H200. Small slices make many programs.
 _SORTED_SHAPES = {32: (4, 4), 64: (2, 2), 128: (2, 2), 256: (4, 4), 512: (4, 8), 1024: (4, 8)}
@@ -34,40 +36,71 @@ def launch_shape(batch_size: int, is_sorted: bool, dynamic_splits: bool) -> tupl
     return slice_, group, num_warps
 
 
-def triton_metadata(problem: Problem, plan: LaunchPlan, lengths: LengthPointers, out: torch.Tensor) -> None:
-    """Write the metadata into `out` (int32, contiguous, at least `plan.layout.size` elements): one launch.
+class Launch:
+    """A kernel with everything bound but the pointers, for one batch size, kind of lengths and device.
 
-    Lengths are on `out`'s device. Nothing is read back, allocated or synchronised. CPU tensors need Triton's
-    interpreter (TRITON_INTERPRET=1 before triton is imported).
+    Triton's own launch looks every argument up again and takes tens of microseconds on the host. The first call goes
+    through it, which compiles; later ones go to the compiled kernel.
+    """
+
+    def __init__(
+        self, function: Any, grid: tuple[int, int, int], numbers: tuple[Any, ...], constants: dict[str, Any],
+        num_warps: int,
+    ) -> None:  # fmt: skip
+        self._function, self._grid, self._num_warps = function, grid, num_warps
+        self._numbers, self._constants = numbers, constants
+        self._tail = (*numbers, *constants.values())
+        self._contiguous = constants["CONTIGUOUS"]
+        self._compiled: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+
+    def __call__(self, pointers: tuple[torch.Tensor | None, ...], lengths: LengthPointers) -> None:
+        """Launch on the current stream and device. `lengths` are the last of the kernel's pointers."""
+        strides = _UNIT_STRIDES if self._contiguous else _strides(lengths)
+        device = lengths[0].device.index
+        key = (device, *(None if t is None else t.dtype for t in lengths))
+        if (compiled := self._compiled.get(key)) is None:
+            made = self._function[self._grid](
+                *pointers, *lengths, *strides, *self._numbers, **self._constants, num_warps=self._num_warps
+            )
+            if hasattr(made, "run"):  # not in the interpreter
+                self._compiled[key] = (made.run, made.function, made.packed_metadata)
+            return
+        run, function, packed_metadata = compiled
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        run(
+            *self._grid, stream, function, packed_metadata, None, None, None, *pointers, *lengths, *strides, *self._tail
+        )
+
+
+def metadata_launch(problem: Problem, plan: LaunchPlan, contiguous: bool) -> Launch:
+    """The launch that writes one plan's metadata; called with (out,) and the lengths.
+
+    `out` is int32, contiguous, of at least `plan.layout.size` elements; lengths are on its device, each with unit
+    stride if `contiguous`. A call reads nothing back, allocates nothing and does not synchronise. CPU tensors need
+    Triton's interpreter (TRITON_INTERPRET=1 before triton is imported).
     """
     batch_size = plan.layout.batch_size
     slice_, group, num_warps = launch_shape(batch_size, plan.layout.is_sorted, plan.dynamic_splits)
-    strides = _strides(lengths)
-    prepare_varlen_num_blocks_kernel[_grid(batch_size, slice_, 1)](
-        out, *lengths, *strides, batch_size, problem.max_seqlen_q, problem.max_seqlen_k_new,
-        *_numbers(plan), float(approximate_reciprocal(plan.num_sms)),
-        LAYOUT=layout_constants(plan), CONTIGUOUS=strides == (1, 1, 1, 1, 1), SLICE=slice_, GROUP=group,
-        num_warps=num_warps,
+    numbers = (
+        batch_size, problem.max_seqlen_q, problem.max_seqlen_k_new, *_numbers(plan),
+        float(approximate_reciprocal(plan.num_sms)),
     )  # fmt: skip
+    constants = {"LAYOUT": layout_constants(plan), "CONTIGUOUS": contiguous, "SLICE": slice_, "GROUP": group}
+    return Launch(prepare_varlen_num_blocks_kernel, _grid(batch_size, slice_, 1), numbers, constants, num_warps)
 
 
-def layer_groups_metadata(
-    problem: Problem, plans: Sequence[LaunchPlan], table: torch.Tensor, lengths: LengthPointers, out: torch.Tensor
-) -> None:
-    """Write the metadata of one batch for several plans into `out`, where `table` (see `layer_groups_table`) says.
+def layer_groups_launch(problem: Problem, plans: Sequence[LaunchPlan], contiguous: bool) -> Launch:
+    """The same for several plans at once; called with (out, table), where `table` is `layer_groups_table(...)`.
 
-    One launch, on the terms of `triton_metadata`. The plans share batch size, query length and appended keys, which
-    are taken from `problem`.
+    The plans share batch size, query length and appended keys, which are taken from `problem`.
     """
     batch_size = problem.batch_size
     any_sorted = any(plan.layout.is_sorted for plan in plans)
     slice_, group, num_warps = launch_shape(batch_size, any_sorted, any(plan.dynamic_splits for plan in plans))
-    strides = _strides(lengths)
-    prepare_layer_groups_kernel[_grid(batch_size, slice_, len(plans))](
-        out, table, *lengths, *strides, batch_size, problem.max_seqlen_q, problem.max_seqlen_k_new,
-        LAYOUTS=tuple(map(layout_constants, plans)), CONTIGUOUS=strides == (1, 1, 1, 1, 1), SLICE=slice_, GROUP=group,
-        num_warps=num_warps,
-    )  # fmt: skip
+    numbers = (batch_size, problem.max_seqlen_q, problem.max_seqlen_k_new)
+    layouts = tuple(map(layout_constants, plans))
+    constants = {"LAYOUTS": layouts, "CONTIGUOUS": contiguous, "SLICE": slice_, "GROUP": group}
+    return Launch(prepare_layer_groups_kernel, _grid(batch_size, slice_, len(plans)), numbers, constants, num_warps)
 
 
 def layer_groups_table(plans: Sequence[LaunchPlan], starts: Sequence[int]) -> torch.Tensor:
@@ -80,6 +113,11 @@ def layer_groups_table(plans: Sequence[LaunchPlan], starts: Sequence[int]) -> to
     return torch.tensor(rows, dtype=torch.int32)
 
 
+def are_contiguous(lengths: LengthPointers) -> bool:
+    """Whether every given tensor has unit stride."""
+    return _strides(lengths) == _UNIT_STRIDES
+
+
 def _strides(lengths: LengthPointers) -> tuple[int, ...]:
     return tuple(1 if t is None else t.stride(0) for t in lengths)
 
@@ -90,7 +128,6 @@ def _grid(batch_size: int, slice_: int, layer_groups: int) -> tuple[int, int, in
     return slices or 1, triton.cdiv(batch_size, MAX_DYNAMIC_SPLIT_BATCH) or 1, layer_groups
 
 
-@lru_cache(maxsize=4096)
 def _numbers(plan: LaunchPlan) -> tuple[int, ...]:
     """The kernels' arguments from q_heads_per_row to is_causal."""
     return (
@@ -105,7 +142,6 @@ def _multiplier(tile: int) -> int:
     return multiplier - 2**32 if multiplier >= 2**31 else multiplier
 
 
-@lru_cache(maxsize=4096)
 def layout_constants(plan: LaunchPlan) -> tuple[Any, ...]:
     """Place of each of _ROWS or -1, number of rows, whether there is a semaphore, whether there are splits."""
     names = plan.layout.row_names

@@ -1,0 +1,79 @@
+"""A checked call and its launch plan, ready to write metadata as often as asked."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .arguments import LengthTensors
+from .triton_kernels.plan import LaunchPlan
+from .triton_kernels.problem import Problem
+from .triton_kernels.reference import Lengths, reference_metadata
+
+if TYPE_CHECKING:
+    from .triton_kernels.launch import Launch
+
+
+class ResolvedCall:
+    """Writes the metadata of one problem; tensors given to it must have been checked."""
+
+    def __init__(self, problem: Problem, plan: LaunchPlan) -> None:
+        self.problem, self.plan = problem, plan
+        self._launches: dict[bool, Launch] = {}  # by whether the lengths are contiguous
+
+    def write(self, tensors: LengthTensors, out: torch.Tensor) -> None:
+        """By the kernel on CUDA, by the NumPy model on CPU."""
+        if out.device.type == "cpu":
+            self.write_on_host(tensors, out)
+        else:
+            self.launch(tensors, out)
+
+    def write_on_host(self, tensors: LengthTensors, out: torch.Tensor) -> None:
+        """By the NumPy model; synchronises with CUDA tensors."""
+        out.copy_(torch.from_numpy(reference_metadata(self.problem, self.plan, host_lengths(tensors))))
+
+    def launch(self, tensors: LengthTensors, out: torch.Tensor) -> None:
+        """By the Triton kernel: one launch on the current stream. Raises `RuntimeError` where it cannot run."""
+        kernels = load_launch(out.device)
+        lengths = tensors.pointers()
+        contiguous = kernels.are_contiguous(lengths)
+        if (launch := self._launches.get(contiguous)) is None:
+            launch = self._launches[contiguous] = kernels.metadata_launch(self.problem, self.plan, contiguous)
+        on_device(out.device, launch, (out,), lengths)
+
+
+def on_device(device: torch.device, launch: Any, *arguments: Any) -> None:
+    """Call `launch` with `device` as the current one."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            launch(*arguments)
+    else:
+        launch(*arguments)
+
+
+def load_launch(device: torch.device) -> Any:
+    """The module triton_kernels.launch. Raises `RuntimeError` where its kernels cannot run on `device`."""
+    global _launch_module
+    if _launch_module is None:
+        try:
+            from .triton_kernels import launch as _launch_module
+        except ImportError as error:
+            raise RuntimeError(f'backend="triton" needs Triton, which does not import here: {error}') from error
+    if device.type == "cpu" and not _launch_module.INTERPRETED:
+        raise RuntimeError(
+            'backend="triton" runs on CPU tensors only in Triton\'s interpreter: set TRITON_INTERPRET=1 before '
+            'triton is imported, or use backend="reference"'
+        )
+    return _launch_module
+
+
+_launch_module: Any = None
+
+
+def host_lengths(tensors: LengthTensors) -> Lengths:
+    """The lengths as NumPy arrays; synchronises with CUDA tensors."""
+    arrays: dict[str, Any] = {field.name: getattr(tensors, field.name) for field in fields(Lengths)}
+    arrays = {name: None if tensor is None else tensor.detach().cpu().numpy() for name, tensor in arrays.items()}
+    return Lengths(**arrays)
