@@ -46,6 +46,7 @@ class Step:
             for window in GROUPS
         }  # fmt: skip
         together = MetadataPlans(list(plans.values()))
+        self.table = table  # a graph keeps no tensor alive
 
         def run() -> list[torch.Tensor]:
             if ours:

@@ -33,7 +33,7 @@ class LengthTensors(NamedTuple):
         """Raise `TypeError` or `ValueError` for the first tensor that does not fit a batch of this size."""
         for name, tensor in zip(self._fields, self, strict=True):
             if tensor is None and name != "cache_seqlens":
-                continue
+                continue  # this is run every step, and most are None
             if not isinstance(tensor, torch.Tensor):
                 raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
             if tensor.dtype is not torch.int32 and tensor.dtype is not torch.int64:

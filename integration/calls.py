@@ -21,7 +21,7 @@ _VARLEN = {  # vllm_flash_attn.flash_attn_varlen_func
 _UNKNOWN = {
     "score_mod": (None,), "aux_tensors": (None,), "mask_mod": (None,), "block_sparse_tensors": (None,),
     "cp_world_size": (1,), "dynamic_causal": (None,), "gather_kv_indices": (None,), "alibi_slopes": (None,),
-    "cu_seqlens_k": (None,),
+    "cu_seqlens_k": (None,), "only_qv": (False,),
 }  # fmt: skip
 
 
@@ -39,6 +39,7 @@ class ForwardCall:
     leftpad_k: torch.Tensor | None = None  # [b]
     k_new: torch.Tensor | None = None  # [b, s_new, hk, d], or [total_new, hk, d] with cu_seqlens_k_new
     max_seqlen_q: int | None = None
+    max_seqlen_k: int | None = None  # vLLM passes it, and its FA3 goes by it; elsewhere the cache says
     causal: bool = False
     window_size: tuple[int, int] | None = (-1, -1)
     attention_chunk: int | None = 0
@@ -88,7 +89,7 @@ class ForwardCall:
         return LengthTensors(
             self.cache_seqlens,
             cu_seqlens_q=self.cu_seqlens_q,
-            cu_seqlens_k_new=self.cu_seqlens_k_new,
+            cu_seqlens_k_new=None if self.k_new is None else self.cu_seqlens_k_new,  # FA3 reads it only with k
             leftpad_k=self.leftpad_k,
         )
 
@@ -100,7 +101,7 @@ class ForwardCall:
         return Problem(
             batch_size=self.batch_size,
             max_seqlen_q=self.max_seqlen_q if ragged and self.max_seqlen_q is not None else self.q.shape[1],
-            max_seqlen_k=self.page_table.shape[1] * page_size if self.page_table is not None else page_size,
+            max_seqlen_k=self._max_seqlen_k(),
             num_heads=self.q.shape[-2],
             num_heads_k=self.k_cache.shape[-2],
             headdim=self.q.shape[-1],
@@ -120,6 +121,11 @@ class ForwardCall:
             arch=arch,
             num_sms=num_sms,
         )
+
+    def _max_seqlen_k(self) -> int:
+        if self.max_seqlen_k is not None:
+            return self.max_seqlen_k
+        return self.k_cache.shape[1] * (1 if self.page_table is None else self.page_table.shape[1])
 
     def _max_seqlen_k_new(self) -> int:
         if self.k_new is None:

@@ -1,4 +1,4 @@
-"""The SGLang adapter, on stand-ins for SGLang's backend (sglang_standin.py)."""
+"""The SGLang adapter, on stand-ins for SGLang's backend (sglang_stand_in.py)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from fa3_metadata.engines import sglang
 from fa3_metadata.engines.sglang import LAYOUTS, attach, attach_new_backends
 
-from .sglang_standin import DIM, HEADS, KV_HEADS, PAGE, Batch, Sglang
+from .sglang_stand_in import DIM, HEADS, KV_HEADS, PAGE, Batch, Sglang
 
 BUILD = "sglang-kernel-0.4.2"
 

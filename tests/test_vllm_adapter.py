@@ -181,11 +181,11 @@ def test_in_place_notices_what_vllm_stores_itself(root: pathlib.Path) -> None:
 def test_in_place_without_graphs_makes_new_tensors(root: pathlib.Path) -> None:
     import_module(adapter.GQA)
     adapter.attach(in_place=True)
+    call = {"batch_size": 1, "max_seqlen_q": 1, "max_seqlen_k": 9, "num_heads_q": 8, "num_heads_kv": 1, "headdim": 64}
     with_graphs, builder = gqa_builder(graphs=True), gqa_builder(graphs=False)
     builder.scheduler_metadata = torch.zeros(65, dtype=torch.int32)  # whatever it is for, it is not to be written
-    made = [with_graphs.build(DECODE), builder.build(DECODE), builder.build(DECODE)]
-    assert len({tensor.data_ptr() for tensor in made}) == 3
+    made = [with_graphs.build(DECODE)]
+    made.append(adapter.get_scheduler_metadata(**call, cache_seqlens=torch.tensor([9], dtype=torch.int32)))
+    made += [builder.build(DECODE), builder.build(DECODE)]
+    assert len({tensor.data_ptr() for tensor in made}) == 4
     assert not builder.scheduler_metadata.any()
-    call = {"batch_size": 1, "max_seqlen_q": 1, "max_seqlen_k": 9, "num_heads_q": 8, "num_heads_kv": 1, "headdim": 64}
-    direct = adapter.get_scheduler_metadata(**call, cache_seqlens=torch.tensor([9], dtype=torch.int32))
-    assert direct.data_ptr() != with_graphs.scheduler_metadata.data_ptr()

@@ -156,6 +156,20 @@ def test_what_is_not_known_is_passed_through_and_said_once(
     assert [reason in record.getMessage() for record in caplog.records] == [True]
 
 
+def test_ragged_new_keys_count_only_with_new_keys() -> None:
+    """Engines pass cu_seqlens_k_new without k, for other purposes; FA3 then ignores it."""
+    forward = recording_forward()
+    wrapped = wrap_forward(forward, BUILD)
+    new = {"cu_seqlens_k_new": torch.tensor([0, 5000, 5070, 5970], dtype=torch.int32)}
+    with step():
+        wrapped(**layer())
+        wrapped(**layer(**new))
+        wrapped(**layer(**new, k=torch.zeros(5970, 1, 128, dtype=torch.bfloat16)))
+    without, ignored, counted = made_in(forward)
+    assert torch.equal(ignored, without)
+    assert not torch.equal(counted, without)
+
+
 def test_metadata_that_is_brought_is_kept() -> None:
     forward = recording_forward()
     own = torch.zeros(17, dtype=torch.int32)
@@ -181,10 +195,10 @@ def test_vllm_argument_names() -> None:
     cache, starts = torch.zeros(3, 16, 8, 128, dtype=torch.bfloat16), torch.arange(4, dtype=torch.int32)
     wrapped = wrap_forward(flash_attn_varlen_func, "vllm-0.33.0")
     with step():
-        wrapped(torch.zeros(3, 32, 128, dtype=torch.bfloat16), cache, cache, 1, starts, 6400, seqused_k=LENGTHS,
+        wrapped(torch.zeros(3, 32, 128, dtype=torch.bfloat16), cache, cache, 1, starts, 5000, seqused_k=LENGTHS,
                 block_table=torch.zeros(3, 400, dtype=torch.int32), causal=True)  # fmt: skip
     expected = fa3_metadata.get_scheduler_metadata(
-        3, 1, 6400, 32, 8, 128, LENGTHS, cu_seqlens_q=starts, page_size=16, causal=True, build="vllm-0.33.0"
+        3, 1, 5000, 32, 8, 128, LENGTHS, cu_seqlens_q=starts, page_size=16, causal=True, build="vllm-0.33.0"
     )
     assert torch.equal(calls[0]["scheduler_metadata"], expected)
 

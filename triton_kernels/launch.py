@@ -56,8 +56,12 @@ class Launch:
     def __call__(self, pointers: tuple[torch.Tensor | None, ...], lengths: LengthPointers) -> None:
         """Launch on the current stream and device. `lengths` are the last of the kernel's pointers."""
         strides = _UNIT_STRIDES if self._contiguous else _strides(lengths)
-        device = lengths[0].device.index
-        key = (device, *(None if t is None else t.dtype for t in lengths))
+        k, q, used, new, pad = lengths
+        device = k.device.index
+        key = (
+            device, k.dtype, q is not None and q.dtype, used is not None and used.dtype,
+            new is not None and new.dtype, pad is not None and pad.dtype,
+        )  # fmt: skip
         if (compiled := self._compiled.get(key)) is None:
             made = self._function[self._grid](
                 *pointers, *lengths, *strides, *self._numbers, **self._constants, num_warps=self._num_warps
@@ -67,9 +71,8 @@ class Launch:
             return
         run, function, packed_metadata = compiled
         stream = torch._C._cuda_getCurrentRawStream(device)
-        run(
-            *self._grid, stream, function, packed_metadata, None, None, None, *pointers, *lengths, *strides, *self._tail
-        )
+        hooks = (None, None, None)  # launch metadata, enter hook, exit hook
+        run(*self._grid, stream, function, packed_metadata, *hooks, *pointers, *lengths, *strides, *self._tail)
 
 
 def metadata_launch(problem: Problem, plan: LaunchPlan, contiguous: bool) -> Launch:
@@ -115,7 +118,14 @@ def layer_groups_table(plans: Sequence[LaunchPlan], starts: Sequence[int]) -> to
 
 def are_contiguous(lengths: LengthPointers) -> bool:
     """Whether every given tensor has unit stride."""
-    return _strides(lengths) == _UNIT_STRIDES
+    k, q, used, new, pad = lengths
+    return (
+        k.stride(0) == 1
+        and (q is None or q.stride(0) == 1)
+        and (used is None or used.stride(0) == 1)
+        and (new is None or new.stride(0) == 1)
+        and (pad is None or pad.stride(0) == 1)
+    )
 
 
 def _strides(lengths: LengthPointers) -> tuple[int, ...]:

@@ -119,7 +119,7 @@ def get_scheduler_metadata(
     to vLLM's own function: vLLM asks for it although FA4 does not read the answer.
     """
     attached = _attached
-    if out is None and (headdim > MAX_HEADDIM or False):
+    if out is None and (headdim > MAX_HEADDIM or isinstance(causal, torch.Tensor)):
         return getattr(import_module(INTERFACE), NAME)(
             batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim, cache_seqlens, qkv_dtype,
             headdim_v, cu_seqlens_q, cu_seqlens_k_new, cache_leftpad, page_size, max_seqlen_k_new, causal, window_size,

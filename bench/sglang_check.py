@@ -1,0 +1,116 @@
+"""A real SGLang decodes with no precomputed metadata, with its own and with ours; all logits must have the same bits.
+
+    python bench/sglang_check.py
+
+Needs an importable SGLang with its FlashAttention-3 backend, and a Hopper GPU. A small Llama-shaped model with random
+weights runs in one process a variant, side by side on the same GPU, with CUDA graphs for batches of 1, 8 and 16; the
+batches decoded shrink and grow, and some are padded to a captured size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+VARIANTS = ("none", "sglang", "ours")
+BATCHES = ((1, 700), (8, 300), (16, 1000), (5, 2000), (2, 60), (11, 129))  # sequences, tokens of context
+STEPS = 64
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 1024, "intermediate_size": 2048,
+    "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 128, "vocab_size": 2048,
+    "max_position_embeddings": 16384, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "hidden_act": "silu",
+    "torch_dtype": "bfloat16", "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def make_model(folder: pathlib.Path) -> None:
+    """A config and a tokenizer; weights are SGLang's dummies, the same in every process."""
+    from tokenizers import Tokenizer, models
+
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    words = {f"w{i}": i for i in range(int(str(CONFIG["vocab_size"])))}
+    Tokenizer(models.WordLevel(words, unk_token="w0")).save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+
+
+def decode(variant: str, folder: pathlib.Path) -> list[str]:
+    """A digest of the logits of every step."""
+    import numpy as np
+    import torch
+    from sglang import bench_one_batch
+    from sglang.srt.server_args import PortArgs, ServerArgs
+
+    if variant == "ours":
+        from fa3_metadata.engines.sglang import attach_new_backends
+
+        attach_new_backends()
+    elif variant == "none":
+        from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBackend
+
+        init = FlashAttentionBackend.__init__
+
+        def without(self: object, *args: object, **kwargs: object) -> None:
+            init(self, *args, **kwargs)
+            self._get_scheduler_metadata = None  # type: ignore[attr-defined]
+
+        FlashAttentionBackend.__init__ = without
+    arguments = ServerArgs(
+        model_path=str(folder), load_format="dummy", attention_backend="fa3", sampling_backend="pytorch", page_size=1,
+        mem_fraction_static=0.2, cuda_graph_bs=[1, 8, 16], grammar_backend="none", disable_radix_cache=True,
+        disable_piecewise_cuda_graph=True, context_length=16384,
+    )  # fmt: skip
+    runner, _ = bench_one_batch.load_model(arguments, PortArgs.init_new(arguments), 0, 0)[:2]
+    digests = []
+    for batch_size, context in BATCHES:
+        np.random.seed(batch_size)
+        requests = bench_one_batch.prepare_synthetic_inputs_for_latency_test(batch_size, context)
+        runner.clear()
+        tokens, logits, batch = runner.extend(requests)
+        for _ in range(STEPS):
+            tokens, logits = runner.decode(tokens, batch)
+            digests.append(hashlib.sha256(logits.float().cpu().numpy().tobytes()).hexdigest())
+    assert torch.isfinite(logits).all()
+    return digests
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="SGLang's logits with and without our metadata, bit for bit")
+    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=pathlib.Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.variant:
+        digests = decode(options.variant, options.folder)
+        (options.folder / f"{options.variant}.json").write_text(json.dumps(digests))
+        os._exit(0)  # SGLang's own teardown waits for a server that is not there
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        make_model(folder)
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "SGLANG_USE_SGL_FA3_KERNEL": "1"}
+        command = [sys.executable, "-W", "ignore", __file__, "--folder", name, "--variant"]
+        running = {
+            variant: subprocess.Popen(
+                [*command, variant], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
+            for variant in VARIANTS
+        }
+        logs = {variant: process.communicate()[0] for variant, process in running.items()}
+        for variant, process in running.items():
+            if process.returncode:
+                sys.exit(f"{variant} failed:\n{logs[variant][-3000:]}")
+        made = {variant: json.loads((folder / f"{variant}.json").read_text()) for variant in VARIANTS}
+    for variant in VARIANTS[1:]:
+        wrong = [i for i, pair in enumerate(zip(made["none"], made[variant], strict=True)) if pair[0] != pair[1]]
+        if wrong:
+            sys.exit(f"{variant}: logits differ from those without metadata in {len(wrong)} steps, first {wrong[0]}")
+    print(f"{len(made['none'])} decode steps, {len(set(made['none']))} distinct logits: the same bits by {VARIANTS}")
+    print("log of ours:", *(line for line in logs["ours"].splitlines() if "scheduler metadata" in line), sep="\n  ")
+
+
+if __name__ == "__main__":
+    main()
