@@ -11,7 +11,7 @@ import torch
 
 from .api import get_scheduler_metadata, plan_call, unpack_metadata
 from .detect import installed_version
-from .forward import attend, kv_cache_bytes, make_decode_batch
+from .decode_batch import attend, kv_cache_bytes, make_decode_batch
 from .native import native_metadata
 from .report import Explanation
 from .triton_kernels.builds import package_of

@@ -127,15 +127,17 @@ class MetadataPlan:
 
         Exactly one launch on the current stream; no allocation, no synchronisation, no copy, so it can be captured
         into a CUDA graph and follows the lengths at each replay. The tensor is a view of the plan's own buffer.
+        A plan that is one of several in a `MetadataPlans` refreshes all of them.
         Raises `TypeError` or `ValueError` before the launch for lengths that the plan was not made for.
         """
-        return self._group.update(
+        self._group.update(
             cache_seqlens,
             cu_seqlens_q=cu_seqlens_q,
             seqused_q=seqused_q,
             cu_seqlens_k_new=cu_seqlens_k_new,
             leftpad_k=leftpad_k,
-        )[0]
+        )
+        return self.metadata
 
     @property
     def metadata(self) -> torch.Tensor:

@@ -193,6 +193,14 @@ def test_the_kernel_for_several_groups(build: str, batch: int, device: torch.dev
         assert torch.equal(out[start : start + metadata.numel()].cpu(), metadata)
 
 
+def test_one_of_several_groups_refreshes_all_and_returns_its_own() -> None:
+    plans = groups("sglang-kernel-0.4.2")
+    MetadataPlans(plans)
+    cache_seqlens = lengths(9)
+    for one, alone in zip(plans, groups("sglang-kernel-0.4.2"), strict=True):
+        assert torch.equal(one.update(cache_seqlens), alone.update(cache_seqlens))
+
+
 def test_groups_must_share_their_lengths() -> None:
     with pytest.raises(ValueError, match="plans must share max_seqlen_q, got 1 and 4"):
         MetadataPlans([plan(), plan(max_seqlen_q=4)])
