@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from .api import get_scheduler_metadata, plan_call, unpack_metadata
-from .detect import installed_version
 from .decode_batch import attend, kv_cache_bytes, make_decode_batch
+from .detect import installed_version
 from .native import native_metadata
 from .report import Explanation
 from .triton_kernels.builds import package_of

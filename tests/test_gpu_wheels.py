@@ -10,8 +10,8 @@ import sys
 import fa3_metadata
 import pytest
 import torch
-from fa3_metadata.detect import BUILD_VARIABLE, SEARCH_ORDER, installed_version
 from fa3_metadata.decode_batch import attend, make_decode_batch
+from fa3_metadata.detect import BUILD_VARIABLE, SEARCH_ORDER, installed_version
 from fa3_metadata.native import native_op
 
 from .cases import POISON, Case, boundary_case, random_case

@@ -98,3 +98,11 @@ def test_int32_overflow_of_a_kv_head_is_kept() -> None:
 
 def test_dtypes() -> None:
     assert ELEMENT_SIZE == {"float16": 2, "bfloat16": 2, "float8_e4m3fn": 1}
+
+
+@pytest.mark.parametrize(("rules", "packed"), [(UPSTREAM, False), (SGLANG, True)], ids=["upstream", "sglang"])
+def test_windows_are_not_read_by_tma_in_newer_builds(rules: FA3Rules, packed: bool) -> None:
+    """Without TMA the q heads are packed, though 128 query tokens fill their tiles unpacked."""
+    plan = make_plan(Problem(2, 128, 9000, 16, 8, 128, page_size=128, window_size=(1000, 0), num_splits=1), rules)
+    assert plan.paged_kv_tma != packed
+    assert plan.pack_gqa == packed
