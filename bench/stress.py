@@ -33,10 +33,10 @@ class Step:
         build = detect_build().build
         forward = load_forward(build)
         self.lengths = lengths[:batch]
-        generator = torch.Generator("cuda").manual_seed(batch)
+        generator = torch.Generator(lengths.device).manual_seed(batch)
         shape = (batch, 1, 8, 128)
-        self.q = [torch.randn(shape, device="cuda", dtype=torch.bfloat16, generator=generator) for _ in LAYERS]
-        pages = torch.randperm(len(caches[0]), device="cuda", generator=generator)
+        self.q = [torch.randn(shape, device=lengths.device, dtype=torch.bfloat16, generator=generator) for _ in LAYERS]
+        pages = torch.randperm(len(caches[0]), device=lengths.device, generator=generator)
         table = pages[: batch * PAGES].to(torch.int32).view(batch, PAGES)
         plans = {
             window: MetadataPlan(

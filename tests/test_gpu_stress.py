@@ -1,0 +1,36 @@
+"""bench/stress.py in short: random replays on one GPU, and on two with a rank each, some of whose batches are idle."""
+
+from __future__ import annotations
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from .test_gpu_wheels import BROKEN, WHEEL
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(WHEEL is None, reason="no FA3 wheel is installed")]
+STRESS = pathlib.Path(__file__).parent.parent / "bench" / "stress.py"
+GPUS = torch.cuda.device_count()
+
+
+def stress(*options: str) -> str:
+    if str(WHEEL).startswith("vllm"):
+        pytest.skip("vLLM's forward has other arguments")
+    run = subprocess.run([sys.executable, "-W", "ignore", str(STRESS), *options], capture_output=True, text=True)
+    if run.returncode and BROKEN in run.stderr:
+        pytest.skip(f"{WHEEL} does not run on a torch as new as {torch.__version__}")
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run.stdout
+
+
+def test_random_replays() -> None:
+    assert "2000 replays, 8000 layer outputs, all bitwise equal" in stress("--replays", "2000", "--seed", "1")
+
+
+@pytest.mark.skipif(GPUS < 2, reason=f"needs 2 GPUs, this machine has {GPUS}")
+def test_data_parallel_ranks() -> None:
+    printed = stress("--replays", "4000", "--ranks", "2")
+    assert [f"rank {rank}: 4000 replays equal" in printed for rank in range(2)] == [True, True]
