@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 from typing import Any
@@ -11,6 +12,7 @@ import fa3_metadata
 import pytest
 import torch
 import torch._dynamo.testing
+from fa3_metadata.triton_kernels import launch
 
 BUILDS = ("sglang-kernel-0.4.2", "vllm-0.33.0")
 
@@ -81,6 +83,22 @@ def test_opcheck(build: str, device: torch.device) -> None:
     size = fa3_metadata.metadata_layout(**arguments(cache_seqlens, build)).size
     out = torch.empty(size, dtype=torch.int32, device=device)
     torch.library.opcheck(torch.ops.fa3_metadata.get_scheduler_metadata_out.default, (out, *operands))
+
+
+def test_few_kernels_serve_many_problems(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A random walk over 1,000 steps of a server: batch size, lengths and max_seqlen_k change, the model does not."""
+    monkeypatch.setattr(launch, "INTERPRETED", False)  # the launch shapes of a GPU
+    rng = random.Random(0)
+    constants = set()
+    for _ in range(1000):
+        batch, max_seqlen_k = rng.randint(1, rng.choice([64, 992, 8192])), rng.randint(1, 131072)
+        call = {"max_seqlen_q": 1, "num_heads": 8, "num_heads_k": 1, "headdim": 128, "page_size": 64, "causal": True}
+        call |= {"batch_size": batch, "max_seqlen_k": max_seqlen_k, "build": BUILDS[0]}
+        _, problem, _, plan = fa3_metadata.api.plan_call(call)
+        made = launch.metadata_launch(problem, plan, True)
+        constants.add((tuple(made._constants.items()), made._num_warps))
+    # Six launch shapes with splits; without (short caches, over 992 sequences) as many again, and one more.
+    assert 6 <= len(constants) <= 13
 
 
 COMPILE = """

@@ -1,4 +1,9 @@
-"""Launching the kernels of kernel.py: shapes, constants and arguments."""
+"""Launching the kernels of kernel.py: shapes, constants and arguments.
+
+A kernel is compiled for: the rows of the layout and whether there are splits (LAYOUT: of one build, mask and kind of
+num_splits), whether lengths are contiguous, their dtypes and which of the optional ones are given, and the launch
+shape, of which there are few. Batch sizes, lengths, heads, tiles and every other number are arguments.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +45,7 @@ class Launch:
     """A kernel with everything bound but the pointers, for one batch size, kind of lengths and device.
 
     Triton's own launch looks every argument up again and takes tens of microseconds on the host. The first call goes
-    through it, which compiles; later ones go to the compiled kernel.
+    through it, which compiles; later ones go to the compiled kernel, past Triton's launch hooks.
     """
 
     def __init__(
