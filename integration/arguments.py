@@ -31,20 +31,21 @@ class LengthTensors(NamedTuple):
 
     def check(self, batch_size: int) -> None:
         """Raise `TypeError` or `ValueError` for the first tensor that does not fit a batch of this size."""
-        for name, tensor in zip(self._fields, self, strict=True):
-            if tensor is None and name != "cache_seqlens":
-                continue  # this is run every step, and most are None
-            if not isinstance(tensor, torch.Tensor):
-                raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-            if tensor.dtype is not torch.int32 and tensor.dtype is not torch.int64:
-                raise TypeError(f"{name} must have dtype int32 or int64, got {tensor.dtype}")
-            length = batch_size + name.startswith("cu_")
-            if tensor.shape != (length,):
-                raise ValueError(f"{name} must have shape ({length},), got {tuple(tensor.shape)}")
-            if tensor is not self.cache_seqlens and tensor.device != self.cache_seqlens.device:
-                raise ValueError(
-                    f"{name} must be on {self.cache_seqlens.device} like cache_seqlens, got {tensor.device}"
-                )
+        _check("cache_seqlens", self.cache_seqlens, batch_size, self.cache_seqlens)
+        for name, tensor in zip(self._fields[1:], self[1:], strict=True):
+            if tensor is not None:
+                _check(name, tensor, batch_size + name.startswith("cu_"), self.cache_seqlens)
+
+
+def _check(name: str, tensor: torch.Tensor, length: int, like: torch.Tensor) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype is not torch.int32 and tensor.dtype is not torch.int64:
+        raise TypeError(f"{name} must have dtype int32 or int64, got {tensor.dtype}")
+    if tensor.shape != (length,):
+        raise ValueError(f"{name} must have shape ({length},), got {tuple(tensor.shape)}")
+    if tensor is not like and tensor.device != like.device:
+        raise ValueError(f"{name} must be on {like.device} like cache_seqlens, got {tensor.device}")
 
 
 def dtype_name(qkv_dtype: torch.dtype) -> str:
