@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from .arguments import LengthTensors, dtype_name
 from .triton_kernels.problem import Problem
 
-# Our name -> the forward's, where they differ.
-_WITH_KVCACHE = {"k_new": "k", "leftpad_k": "cache_leftpad", "version": "ver"}  # sgl_kernel, flash_attn_interface
-_VARLEN = {  # vllm_flash_attn.flash_attn_varlen_func
-    "k_cache": "k", "v_cache": "v", "cache_seqlens": "seqused_k", "page_table": "block_table", "version": "fa_version",
-    "k_new": "no such argument",
-}  # fmt: skip
 # Arguments that change what is computed in ways the metadata does not know, and their harmless values.
 _UNKNOWN = {
     "score_mod": (None,), "aux_tensors": (None,), "mask_mod": (None,), "block_sparse_tensors": (None,),
@@ -25,8 +18,7 @@ _UNKNOWN = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, eq=False)
-class ForwardCall:
+class ForwardCall(NamedTuple):
     """The arguments of one forward that its schedule depends on. Shapes as in FA3's mha_fwd (hopper/flash_api.cpp)."""
 
     q: torch.Tensor  # [b, s_q, h, d], or [total_q, h, d] with cu_seqlens_q
@@ -55,9 +47,10 @@ class ForwardCall:
     def read(cls, call: Mapping[str, Any]) -> ForwardCall:
         """From the arguments of `flash_attn_with_kvcache`, or of vLLM's `flash_attn_varlen_func`, by name."""
         names = _VARLEN if "block_table" in call or "seqused_k" in call or "fa_version" in call else _WITH_KVCACHE
-        given = {ours: call[names.get(ours, ours)] for ours in _FIELDS if names.get(ours, ours) in call}
-        if missing := [name for name in ("q", "k_cache", "v_cache") if not isinstance(given.get(name), torch.Tensor)]:
-            raise TypeError(f"{names.get(missing[0], missing[0])} must be a tensor, got {given.get(missing[0])!r}")
+        given = {ours: call[theirs] for ours, theirs in names if theirs in call}
+        for ours, theirs in names[:3]:
+            if not isinstance(given.get(ours), torch.Tensor):
+                raise TypeError(f"{theirs} must be a tensor, got {given.get(ours)!r}")
         unknown = tuple(name for name, harmless in _UNKNOWN.items() if name in call and call[name] not in harmless)
         return cls(**given, unknown=unknown)
 
@@ -94,9 +87,26 @@ class ForwardCall:
         )
 
     def problem(self, arch: int, num_sms: int) -> Problem:
-        """What the forward's own metadata stage is asked."""
-        paged = self.page_table is not None
-        page_size = self.k_cache.shape[1]
+        """What the forward's own metadata stage is asked; remembered, since layers ask the same every step.
+
+        Raises `TypeError` or `ValueError` for what FA3 does not support.
+        """
+        window = (-1, -1) if self.window_size is None else tuple(self.window_size)
+        table, starts, new = self.page_table, self.cu_seqlens_q, self.k_new
+        key = (
+            self.q.shape, self.q.dtype, self.k_cache.shape, self.v_cache.shape[-1],
+            table is not None and table.shape[1], starts is not None and starts.shape[0],
+            self.max_seqlen_q, self.max_seqlen_k, new is not None and new.shape,
+            self.cu_seqlens_k_new is None, self.leftpad_k is None, self.causal, window, self.attention_chunk,
+            self.softcap > 0, self.num_splits, self.pack_gqa, self.sm_margin, arch, num_sms,
+        )  # fmt: skip
+        if (found := _problems.get(key)) is None:
+            if len(_problems) >= _MOST_PROBLEMS:
+                _problems.clear()
+            found = _problems[key] = self._make_problem(window, arch, num_sms)
+        return found
+
+    def _make_problem(self, window: tuple[int, ...], arch: int, num_sms: int) -> Problem:
         ragged = self.cu_seqlens_q is not None
         return Problem(
             batch_size=self.batch_size,
@@ -109,10 +119,10 @@ class ForwardCall:
             qkv_dtype=dtype_name(self.q.dtype),
             has_cu_seqlens_q=ragged,
             has_leftpad_k=self.leftpad_k is not None,
-            page_size=page_size if paged else None,
+            page_size=None if self.page_table is None else self.k_cache.shape[1],
             max_seqlen_k_new=self._max_seqlen_k_new(),
             causal=bool(self.causal),
-            window_size=(-1, -1) if self.window_size is None else (self.window_size[0], self.window_size[1]),
+            window_size=window,  # type: ignore[arg-type] # Problem checks that it is a pair
             attention_chunk=self.attention_chunk or 0,
             has_softcap=self.softcap > 0,
             num_splits=max(self.num_splits, 0),
@@ -134,4 +144,18 @@ class ForwardCall:
         return 1 if self.cu_seqlens_k_new is not None else self.k_new.shape[1]
 
 
-_FIELDS = tuple(name for name in ForwardCall.__dataclass_fields__ if name != "unknown")
+# (our name, the forward's); the tensors that every call has come first.
+_FIELDS = tuple(name for name in ForwardCall._fields if name != "unknown")
+
+
+def _names(**theirs: str) -> tuple[tuple[str, str], ...]:
+    return tuple((name, theirs.get(name, name)) for name in _FIELDS)
+
+
+_WITH_KVCACHE = _names(k_new="k", leftpad_k="cache_leftpad", version="ver")  # sgl_kernel, flash_attn_interface
+_VARLEN = _names(  # vllm_flash_attn.flash_attn_varlen_func
+    k_cache="k", v_cache="v", cache_seqlens="seqused_k", page_table="block_table", version="fa_version",
+    k_new="no such argument",
+)  # fmt: skip
+_problems: dict[tuple[Any, ...], Problem] = {}
+_MOST_PROBLEMS = 4096

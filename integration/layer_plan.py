@@ -101,6 +101,7 @@ class MetadataPlan:
             sm_margin=sm_margin,
         )
         self._resolved: dict[int, ResolvedCall] = {}
+        self._fitting: set[tuple[ResolvedCall, Problem]] = set()  # forwards that were found to fit
         resolved = self.resolved(self.max_batch_size).plan
         self.num_splits, self.pack_gqa, self.sm_margin = resolved.num_splits, resolved.pack_gqa, sm_margin
         # Layouts of up to 992 sequences may have a row more.
@@ -165,10 +166,15 @@ class MetadataPlan:
 
     def _check_call(self, call: ForwardCall, metadata: torch.Tensor) -> None:
         resolved = self.resolved(self._group.batch_size)
-        made, made_plan = resolved.problem, resolved.plan
         asked = call.problem(self.problem.arch, self.problem.num_sms)
         if metadata.device != call.device:
             raise ValueError(f"q must be on {metadata.device} like the plan, got {call.device}")
+        if (resolved, asked) not in self._fitting:
+            self._check_problem(resolved, asked)
+            self._fitting.add((resolved, asked))  # layers ask the same every step
+
+    def _check_problem(self, resolved: ResolvedCall, asked: Problem) -> None:
+        made, made_plan = resolved.problem, resolved.plan
         for field in fields(Problem):
             wanted, got = getattr(made, field.name), getattr(asked, field.name)
             if field.name in ("max_seqlen_k", "window_size", "causal", "num_splits", "pack_gqa", "sm_margin"):

@@ -115,7 +115,7 @@ def wrap_forward(forward: Forward, build: str | None = None) -> Forward:
 
 
 def _current_scope() -> _Scope | None:
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+    if _has_cuda() and torch.cuda.is_current_stream_capturing():
         capture = _capture_id()
         if _state.capture is None or _state.capture.capture != capture:
             _state.capture = _Scope(capture)
@@ -159,6 +159,11 @@ def _capture_id() -> int:
     if error:
         raise RuntimeError(f"cuStreamGetCaptureInfo failed with CUDA error {error}")
     return number.value
+
+
+@functools.lru_cache(maxsize=1)
+def _has_cuda() -> bool:
+    return torch.cuda.is_available()
 
 
 @functools.lru_cache(maxsize=1)
