@@ -12,11 +12,11 @@ import torch
 from .arguments import LengthTensors, make_problem, output_tensor
 from .detect import detect_build
 from .native import native_metadata
-from .resolved import ResolvedCall
+from .resolved import ResolvedCall, resolve
 from .triton_kernels.builds import FA3Rules, rules_for
 from .triton_kernels.layout import MetadataLayout
 from .triton_kernels.plan import LaunchPlan, make_plan
-from .triton_kernels.problem import Problem
+from .triton_kernels.problem import Problem, checked_choice
 
 BACKENDS = ("auto", "triton", "reference", "native")
 POLICIES = ("fa3",)
@@ -120,10 +120,8 @@ def get_scheduler_metadata(
             return torch.ops.fa3_metadata.get_scheduler_metadata(*operands)
         torch.ops.fa3_metadata.get_scheduler_metadata_out(out, *operands)
         return out
-    if policy not in POLICIES:
-        raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    checked_choice("policy", policy, POLICIES)
+    checked_choice("backend", backend, BACKENDS)
     if cache_seqlens is None:
         raise TypeError("cache_seqlens must be a tensor, got NoneType")
     build, rules = resolve_build(build)
@@ -239,7 +237,7 @@ def _resolve(tensors: LengthTensors, static: tuple[Any, ...], rules: FA3Rules) -
         tensors.check(found.problem.batch_size)
         return found
     problem = make_problem(tensors, **dict(zip(_STATIC, static, strict=True)))
-    made = ResolvedCall(problem, make_plan(problem, rules))
+    made = resolve(problem, rules)
     if key is not None:
         if len(_resolved) >= _MOST_RESOLVED:
             _resolved.clear()

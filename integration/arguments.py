@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from .triton_kernels.layout import MetadataLayout
 from .triton_kernels.problem import Problem, checked_int
 
-Pointers = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+if TYPE_CHECKING:
+    from .triton_kernels.launch import LengthPointers
+
 _DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float8_e4m3fn: "float8_e4m3fn"}
 DEFAULT_ARCH, DEFAULT_NUM_SMS = 90, 132  # H100 SXM, H200
 
@@ -25,7 +27,7 @@ class LengthTensors(NamedTuple):
     seqused_q: torch.Tensor | None = None
     leftpad_k: torch.Tensor | None = None
 
-    def pointers(self) -> Pointers:
+    def pointers(self) -> LengthPointers:
         """The tensors that the kernel reads, in its order."""
         return self.cache_seqlens, self.cu_seqlens_q, self.seqused_q, self.cu_seqlens_k_new, self.leftpad_k
 

@@ -95,8 +95,8 @@ class ForwardCall(NamedTuple):
         table, starts, new = self.page_table, self.cu_seqlens_q, self.k_new
         key = (
             self.q.shape, self.q.dtype, self.k_cache.shape, self.v_cache.shape[-1],
-            table is not None and table.shape[1], starts is not None and starts.shape[0],
-            self.max_seqlen_q, self.max_seqlen_k, new is not None and new.shape,
+            None if table is None else table.shape[1], None if starts is None else starts.shape[0],
+            self.max_seqlen_q, self.max_seqlen_k, None if new is None else new.shape,
             self.cu_seqlens_k_new is None, self.leftpad_k is None, self.causal, window, self.attention_chunk,
             self.softcap > 0, self.num_splits, self.pack_gqa, self.sm_margin, arch, num_sms,
         )  # fmt: skip

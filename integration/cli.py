@@ -11,12 +11,12 @@ from typing import Any, NoReturn
 
 import torch
 
+from .arguments import LengthTensors
 from .demo import MismatchError, allow_interpreter, checks
 from .detect import detect_build
 from .models import MODELS
 from .report import Explanation, explain
 
-_TENSORS = ("cache_seqlens", "cu_seqlens_q", "cu_seqlens_k", "cu_seqlens_k_new", "seqused_q", "leftpad_k")
 _DEMO_LENGTHS = "65536,16384,8192x2,4096x4,1024x8,300x16"
 
 
@@ -116,7 +116,7 @@ def _call_arguments(options: argparse.Namespace) -> dict[str, Any]:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: there is no CUDA GPU here")
-    for name in _TENSORS:
+    for name in LengthTensors._fields:
         if arguments.get(name) is not None:
             lengths = torch.tensor(arguments[name], dtype=torch.int64)
             if lengths.numel() and lengths.max() >= 2**31:

@@ -36,6 +36,11 @@ class Change:
 _changes: list[Change] = []
 
 
+def is_disabled() -> bool:
+    """Whether FA3_METADATA_DISABLE is set to anything but 0."""
+    return os.environ.get(DISABLE_VARIABLE, "0") not in ("", "0")
+
+
 def install(wrap_forward: bool = False, build: str | None = None) -> str:
     """Make the installed FA3 package able to make metadata; returns what was done, in words (also logged).
 
@@ -51,7 +56,7 @@ def install(wrap_forward: bool = False, build: str | None = None) -> str:
         RuntimeError: no package of `build` is installed, or it does not load.
         ValueError: `build` is not supported.
     """
-    if os.environ.get(DISABLE_VARIABLE, "0") not in ("", "0"):
+    if is_disabled():
         return _say(f"nothing installed: {DISABLE_VARIABLE} is set")
     name = detect_build().build if build is None else build
     rules_for(name)

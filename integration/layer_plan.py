@@ -12,12 +12,12 @@ from .api import POLICIES, resolve_build
 from .arguments import LengthTensors, make_problem
 from .calls import ForwardCall
 from .providers import provider_of
-from .resolved import ResolvedCall, load_launch, on_device
-from .triton_kernels.plan import make_plan
-from .triton_kernels.problem import Problem, checked_int
+from .resolved import ResolvedCall, load_launch, on_device, resolve
+from .triton_kernels.layout import padded
+from .triton_kernels.plan import MAX_DYNAMIC_SPLIT_BATCH, make_plan
+from .triton_kernels.problem import Problem, checked_choice, checked_int
 
 VARYING = ("cu_seqlens_q", "seqused_q", "cu_seqlens_k_new", "leftpad_k")
-_ALIGNMENT = 4  # int32 elements: FA3 reads rows 16 bytes at a time
 
 
 class MetadataPlan:
@@ -62,8 +62,7 @@ class MetadataPlan:
         build: str | None = None,
         policy: str = "fa3",
     ) -> None:
-        if policy not in POLICIES:
-            raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
+        checked_choice("policy", policy, POLICIES)
         if unknown := set(varying) - set(VARYING):
             raise ValueError(f"varying must be among {', '.join(VARYING)}, got {', '.join(sorted(unknown))}")
         self.max_batch_size = checked_int("max_batch_size", max_batch_size, 0)
@@ -104,15 +103,16 @@ class MetadataPlan:
         self._fitting: set[tuple[ResolvedCall, Problem]] = set()  # forwards that were found to fit
         resolved = self.resolved(self.max_batch_size).plan
         self.num_splits, self.pack_gqa, self.sm_margin = resolved.num_splits, resolved.pack_gqa, sm_margin
-        # Layouts of up to 992 sequences may have a row more.
-        self.capacity = max(self.resolved(min(b, self.max_batch_size)).plan.layout.size for b in (992, max_batch_size))
+        # Layouts of batches with dynamic splits may have a row more.
+        largest = (min(MAX_DYNAMIC_SPLIT_BATCH, self.max_batch_size), self.max_batch_size)
+        self.capacity = max(self.resolved(batch).plan.layout.size for batch in largest)
         self._group = MetadataPlans([self])
 
     def resolved(self, batch_size: int) -> ResolvedCall:
         """Problem and launch plan of a batch of this size."""
         if (found := self._resolved.get(batch_size)) is None:
-            problem = replace(self.problem, batch_size=batch_size)
-            found = self._resolved[batch_size] = ResolvedCall(problem, make_plan(problem, self._rules))
+            found = resolve(replace(self.problem, batch_size=batch_size), self._rules)
+            self._resolved[batch_size] = found
         return found
 
     def update(
@@ -204,7 +204,7 @@ class _Step:
     def __init__(self, resolved: list[ResolvedCall], views: tuple[torch.Tensor, ...]) -> None:
         self.resolved, self.views = resolved, views
         self.batch_size = resolved[0].problem.batch_size
-        self.launches: dict[bool, Any] = {}  # by whether the lengths are contiguous
+        self.launch: Any = None  # for several plans on a GPU
 
 
 # Buffers that a CUDA graph writes to: the graph knows only their addresses, so they are never freed.
@@ -235,7 +235,7 @@ class MetadataPlans:
         self.max_batch_size = min(plan.max_batch_size for plan in self.plans)
         starts = [0]
         for plan in self.plans:
-            starts.append(starts[-1] + -(-plan.capacity // _ALIGNMENT) * _ALIGNMENT)
+            starts.append(starts[-1] + padded(plan.capacity))
         self._starts = starts[:-1]
         self._buffer = torch.empty(starts[-1], dtype=torch.int32, device=first.device)
         self._table = self._make_table()
@@ -278,11 +278,9 @@ class MetadataPlans:
         tensors = LengthTensors(cache_seqlens, **given)
         batch_size = self._checked_batch_size(tensors, given)
         step = self._steps.get(batch_size) or self._new_step(batch_size)
-        if len(self.plans) == 1:
-            step.resolved[0].write(tensors, step.views[0])
-        elif self._table is None:
+        if self._table is None:  # a single plan, or on the CPU
             for resolved, view in zip(step.resolved, step.views, strict=True):
-                resolved.write_on_host(tensors, view)
+                resolved.write(tensors, view)
         else:
             self._launch(tensors, step)
         self._keep_if_captured()
@@ -316,13 +314,10 @@ class MetadataPlans:
 
     def _launch(self, tensors: LengthTensors, step: _Step) -> None:
         kernels = load_launch(self._buffer.device)
-        lengths = tensors.pointers()
-        contiguous = kernels.are_contiguous(lengths)
-        if (launch := step.launches.get(contiguous)) is None:
+        if step.launch is None:
             plans = [one.plan for one in step.resolved]
-            launch = kernels.layer_groups_launch(step.resolved[0].problem, plans, contiguous)
-            step.launches[contiguous] = launch
-        on_device(self._buffer.device, launch, (self._buffer, self._table), lengths)
+            step.launch = kernels.layer_groups_launch(step.resolved[0].problem, plans)
+        on_device(self._buffer.device, step.launch, (self._buffer, self._table), tensors.pointers())
 
     def _make_table(self) -> torch.Tensor | None:
         """The numbers of the plans on the device. They do not depend on the batch size, so once is enough."""

@@ -9,6 +9,10 @@ from typing import Any
 
 import torch
 
+from .arguments import LengthTensors
+from .triton_kernels.layout import padded
+from .triton_kernels.plan import MAX_DYNAMIC_SPLIT_BATCH
+
 _ARGUMENTS = (
     "Tensor cache_seqlens, SymInt batch_size, SymInt max_seqlen_q, SymInt max_seqlen_k, SymInt num_heads, "
     "SymInt num_heads_k, SymInt headdim, ScalarType qkv_dtype, SymInt? headdim_v, Tensor? cu_seqlens_q, "
@@ -57,7 +61,7 @@ def _(*args: Any, **kwargs: Any) -> torch.Tensor:
     arguments = _by_name(args, kwargs)
     batch_size = arguments["batch_size"]
     lengths = arguments["cache_seqlens"]
-    presence = ("cu_seqlens_q", "cu_seqlens_k", "cu_seqlens_k_new", "seqused_q", "leftpad_k")
+    presence = LengthTensors._fields[1:]
     not_static = (*presence, "batch_size", "policy", "backend")
     static = {name: _plain(arguments[name]) for name in _NAMES if name not in not_static}
     static["window_size"] = (static.pop("window_left"), static.pop("window_right"))
@@ -66,10 +70,11 @@ def _(*args: Any, **kwargs: Any) -> torch.Tensor:
     def layout(batch: int) -> Any:
         return plan_call(static | {"batch_size": batch}, lengths.device)[3].layout
 
-    few, many = layout(1), layout(993)
-    if len(few.row_names) != len(many.row_names) and batch_size > 992:  # a guard only where it matters
+    few, many = layout(1), layout(MAX_DYNAMIC_SPLIT_BATCH + 1)
+    # In this order, so that the batch size is guarded only where it matters.
+    if len(few.row_names) != len(many.row_names) and batch_size > MAX_DYNAMIC_SPLIT_BATCH:
         few = many
-    size = len(few.row_names) * ((batch_size + 3) // 4 * 4) + int(few.has_semaphore)
+    size = len(few.row_names) * padded(batch_size) + int(few.has_semaphore)
     return lengths.new_empty(size, dtype=torch.int32)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .arguments import LengthTensors
-from .triton_kernels.plan import LaunchPlan
+from .triton_kernels.builds import FA3Rules
+from .triton_kernels.plan import LaunchPlan, make_plan
 from .triton_kernels.problem import Problem
 from .triton_kernels.reference import Lengths, reference_metadata
 
@@ -21,7 +23,7 @@ class ResolvedCall:
 
     def __init__(self, problem: Problem, plan: LaunchPlan) -> None:
         self.problem, self.plan = problem, plan
-        self._launches: dict[bool, Launch] = {}  # by whether the lengths are contiguous
+        self._launch: Launch | None = None
 
     def write(self, tensors: LengthTensors, out: torch.Tensor) -> None:
         """By the kernel on CUDA, by the NumPy model on CPU."""
@@ -37,11 +39,15 @@ class ResolvedCall:
     def launch(self, tensors: LengthTensors, out: torch.Tensor) -> None:
         """By the Triton kernel: one launch on the current stream. Raises `RuntimeError` where it cannot run."""
         kernels = load_launch(out.device)
-        lengths = tensors.pointers()
-        contiguous = kernels.are_contiguous(lengths)
-        if (launch := self._launches.get(contiguous)) is None:
-            launch = self._launches[contiguous] = kernels.metadata_launch(self.problem, self.plan, contiguous)
-        on_device(out.device, launch, (out,), lengths)
+        if self._launch is None:
+            self._launch = kernels.metadata_launch(self.problem, self.plan)
+        on_device(out.device, self._launch, (out,), tensors.pointers())
+
+
+@lru_cache(maxsize=4096)
+def resolve(problem: Problem, rules: FA3Rules) -> ResolvedCall:
+    """The resolved call of `problem` under `rules`, the same object each time: it knows its compiled kernel."""
+    return ResolvedCall(problem, make_plan(problem, rules))
 
 
 def on_device(device: torch.device, launch: Any, *arguments: Any) -> None:

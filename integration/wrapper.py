@@ -17,9 +17,9 @@ import torch
 from .api import resolve_build
 from .arguments import device_facts
 from .calls import ForwardCall
-from .resolved import ResolvedCall
+from .resolved import resolve
 from .triton_kernels.builds import FA3Rules
-from .triton_kernels.plan import LaunchPlan, make_plan
+from .triton_kernels.plan import LaunchPlan
 
 _log = logging.getLogger("fa3_metadata")
 Forward = Callable[..., Any]
@@ -138,10 +138,10 @@ def _find_or_make(scope: _Scope, asked: ForwardCall, rules: FA3Rules) -> _Made:
     made = scope.made.get(key)
     if made is None or layer in made.layers:
         tensors.check(problem.batch_size)
-        plan = make_plan(problem, rules)
-        metadata = torch.empty(plan.layout.size, dtype=torch.int32, device=asked.device)
-        ResolvedCall(problem, plan).write(tensors, metadata)
-        made = scope.made[key] = _Made(plan, metadata, inputs)
+        resolved = resolve(problem, rules)
+        metadata = torch.empty(resolved.plan.layout.size, dtype=torch.int32, device=asked.device)
+        resolved.write(tensors, metadata)
+        made = scope.made[key] = _Made(resolved.plan, metadata, inputs)
     made.layers.add(layer)
     return made
 

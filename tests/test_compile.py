@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import random
 import subprocess
@@ -95,10 +96,62 @@ def test_few_kernels_serve_many_problems(monkeypatch: pytest.MonkeyPatch) -> Non
         call = {"max_seqlen_q": 1, "num_heads": 8, "num_heads_k": 1, "headdim": 128, "page_size": 64, "causal": True}
         call |= {"batch_size": batch, "max_seqlen_k": max_seqlen_k, "build": BUILDS[0]}
         _, problem, _, plan = fa3_metadata.api.plan_call(call)
-        made = launch.metadata_launch(problem, plan, True)
+        made = launch.metadata_launch(problem, plan)
         constants.add((tuple(made._constants.items()), made._num_warps))
     # Six launch shapes with splits; without (short caches, over 992 sequences) as many again, and one more.
     assert 6 <= len(constants) <= 13
+
+
+class CompilesOnce:
+    """In a kernel's place: keeps what its first, compiling launch and its later, direct ones are given, by name."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+        self.launches: list[dict[str, Any]] = []
+        self.function, self.packed_metadata = "function", "packed metadata"
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Any:
+        def compile_and_launch(*args: Any, num_warps: int, **constants: Any) -> CompilesOnce:
+            self.launches.append(dict(zip(self.names, args, strict=False)) | constants | {"grid": grid})
+            return self
+
+        return compile_and_launch
+
+    def run(self, x: int, y: int, z: int, stream: Any, function: Any, packed: Any, *args: Any) -> None:
+        assert (stream, function, packed, args[:3]) == ("stream", "function", "packed metadata", (None, None, None))
+        self.launches.append(dict(zip(self.names, args[3:], strict=True)) | {"grid": (x, y, z)})
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("stride", [1, 3])
+def test_direct_launches_are_given_what_the_first_one_was(
+    groups: int, stride: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The path past Triton's own launch, which only a GPU takes otherwise: every argument in its place."""
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: "stream", raising=False)
+    cache_seqlens = torch.arange(40 * stride, dtype=torch.int32)[::stride]
+    _, problem, _, plan = fa3_metadata.api.plan_call(arguments(cache_seqlens, BUILDS[0]))
+    if groups == 1:
+        made, kernel, pointers = (
+            launch.metadata_launch(problem, plan),
+            launch.prepare_varlen_num_blocks_kernel,
+            ("out",),
+        )
+    else:
+        made, kernel = launch.layer_groups_launch(problem, [plan] * 2), launch.prepare_layer_groups_kernel
+        pointers = ("out", "table")
+    fake = CompilesOnce(list(inspect.signature(kernel.fn).parameters))
+    monkeypatch.setattr(made, "_function", fake)
+    for _ in range(3):
+        made(pointers, (cache_seqlens, None, None, None, None))
+    first, *later = fake.launches
+    assert list(later[0]) == [*fake.names, "grid"]
+    for direct in later:
+        assert {name: id(value) if value is cache_seqlens else value for name, value in direct.items()} == {
+            name: id(value) if value is cache_seqlens else value for name, value in first.items()
+        }
+    assert first["CONTIGUOUS"] == (stride == 1)
+    assert first["stride_0"] == stride
 
 
 COMPILE = """

@@ -188,7 +188,7 @@ def test_the_kernel_for_several_groups(build: str, batch: int, device: torch.dev
     table = launch.layer_groups_table(launch_plans, together._starts).to(device)
     out = torch.full((together._buffer.numel(),), -7, dtype=torch.int32, device=device)
     pointers = (cache_seqlens.to(device), None, None, None, None)
-    launch.layer_groups_launch(resolved[0].problem, launch_plans, True)((out, table), pointers)
+    launch.layer_groups_launch(resolved[0].problem, launch_plans)((out, table), pointers)
     for start, metadata in zip(together._starts, expected, strict=True):
         assert torch.equal(out[start : start + metadata.numel()].cpu(), metadata)
 

@@ -16,7 +16,7 @@ import triton
 
 from . import kernel
 from .kernel import TABLE_COLUMNS, prepare_layer_groups_kernel, prepare_varlen_num_blocks_kernel
-from .layout import ROW_ALIGNMENT
+from .layout import padded
 from .plan import MAX_DYNAMIC_SPLIT_BATCH, LaunchPlan
 from .problem import Problem
 from .reciprocal import approximate_reciprocal
@@ -42,7 +42,7 @@ def launch_shape(batch_size: int, is_sorted: bool, dynamic_splits: bool) -> tupl
 
 
 class Launch:
-    """A kernel with everything bound but the pointers, for one batch size, kind of lengths and device.
+    """A kernel with everything bound but the pointers, for one batch size.
 
     Triton's own launch looks every argument up again and takes tens of microseconds on the host. The first call goes
     through it, which compiles; later ones go to the compiled kernel, past Triton's launch hooks.
@@ -54,38 +54,38 @@ class Launch:
     ) -> None:  # fmt: skip
         self._function, self._grid, self._num_warps = function, grid, num_warps
         self._numbers, self._constants = numbers, constants
-        self._tail = (*numbers, *constants.values())
-        self._contiguous = constants["CONTIGUOUS"]
         self._compiled: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 
     def __call__(self, pointers: tuple[torch.Tensor | None, ...], lengths: LengthPointers) -> None:
         """Launch on the current stream and device. `lengths` are the last of the kernel's pointers."""
-        strides = _UNIT_STRIDES if self._contiguous else _strides(lengths)
         k, q, used, new, pad = lengths
-        device = k.device.index
+        device, contiguous = k.device.index, _are_contiguous(lengths)
+        strides = _UNIT_STRIDES if contiguous else tuple(1 if t is None else t.stride(0) for t in lengths)
         key = (
-            device, k.dtype, q is not None and q.dtype, used is not None and used.dtype,
+            device, contiguous, k.dtype, q is not None and q.dtype, used is not None and used.dtype,
             new is not None and new.dtype, pad is not None and pad.dtype,
         )  # fmt: skip
         if (compiled := self._compiled.get(key)) is None:
+            constants = self._constants | {"CONTIGUOUS": contiguous}  # in the order of the kernel's parameters
             made = self._function[self._grid](
-                *pointers, *lengths, *strides, *self._numbers, **self._constants, num_warps=self._num_warps
+                *pointers, *lengths, *strides, *self._numbers, **constants, num_warps=self._num_warps
             )
             if hasattr(made, "run"):  # not in the interpreter
-                self._compiled[key] = (made.run, made.function, made.packed_metadata)
+                tail = (*self._numbers, *constants.values())
+                self._compiled[key] = (made.run, made.function, made.packed_metadata, tail)
             return
-        run, function, packed_metadata = compiled
+        run, function, packed_metadata, tail = compiled
         stream = torch._C._cuda_getCurrentRawStream(device)
         hooks = (None, None, None)  # launch metadata, enter hook, exit hook
-        run(*self._grid, stream, function, packed_metadata, *hooks, *pointers, *lengths, *strides, *self._tail)
+        run(*self._grid, stream, function, packed_metadata, *hooks, *pointers, *lengths, *strides, *tail)
 
 
-def metadata_launch(problem: Problem, plan: LaunchPlan, contiguous: bool) -> Launch:
+def metadata_launch(problem: Problem, plan: LaunchPlan) -> Launch:
     """The launch that writes one plan's metadata; called with (out,) and the lengths.
 
-    `out` is int32, contiguous, of at least `plan.layout.size` elements; lengths are on its device, each with unit
-    stride if `contiguous`. A call reads nothing back, allocates nothing and does not synchronise. CPU tensors need
-    Triton's interpreter (TRITON_INTERPRET=1 before triton is imported).
+    `out` is int32, contiguous, of at least `plan.layout.size` elements; lengths are on its device. A call reads nothing
+    back, allocates nothing and does not synchronise. CPU tensors need Triton's interpreter (TRITON_INTERPRET=1 before
+    triton is imported).
     """
     batch_size = plan.layout.batch_size
     slice_, group, num_warps = launch_shape(batch_size, plan.layout.is_sorted, plan.dynamic_splits)
@@ -93,11 +93,11 @@ def metadata_launch(problem: Problem, plan: LaunchPlan, contiguous: bool) -> Lau
         batch_size, problem.max_seqlen_q, problem.max_seqlen_k_new, *_numbers(plan),
         float(approximate_reciprocal(plan.num_sms)),
     )  # fmt: skip
-    constants = {"LAYOUT": layout_constants(plan), "CONTIGUOUS": contiguous, "SLICE": slice_, "GROUP": group}
+    constants = {"LAYOUT": layout_constants(plan), "CONTIGUOUS": None, "SLICE": slice_, "GROUP": group}
     return Launch(prepare_varlen_num_blocks_kernel, _grid(batch_size, slice_, 1), numbers, constants, num_warps)
 
 
-def layer_groups_launch(problem: Problem, plans: Sequence[LaunchPlan], contiguous: bool) -> Launch:
+def layer_groups_launch(problem: Problem, plans: Sequence[LaunchPlan]) -> Launch:
     """The same for several plans at once; called with (out, table), where `table` is `layer_groups_table(...)`.
 
     The plans share batch size, query length and appended keys, which are taken from `problem`.
@@ -107,7 +107,7 @@ def layer_groups_launch(problem: Problem, plans: Sequence[LaunchPlan], contiguou
     slice_, group, num_warps = launch_shape(batch_size, any_sorted, any(plan.dynamic_splits for plan in plans))
     numbers = (batch_size, problem.max_seqlen_q, problem.max_seqlen_k_new)
     layouts = tuple(map(layout_constants, plans))
-    constants = {"LAYOUTS": layouts, "CONTIGUOUS": contiguous, "SLICE": slice_, "GROUP": group}
+    constants = {"LAYOUTS": layouts, "CONTIGUOUS": None, "SLICE": slice_, "GROUP": group}
     return Launch(prepare_layer_groups_kernel, _grid(batch_size, slice_, len(plans)), numbers, constants, num_warps)
 
 
@@ -121,7 +121,7 @@ def layer_groups_table(plans: Sequence[LaunchPlan], starts: Sequence[int]) -> to
     return torch.tensor(rows, dtype=torch.int32)
 
 
-def are_contiguous(lengths: LengthPointers) -> bool:
+def _are_contiguous(lengths: LengthPointers) -> bool:
     """Whether every given tensor has unit stride."""
     k, q, used, new, pad = lengths
     return (
@@ -133,13 +133,8 @@ def are_contiguous(lengths: LengthPointers) -> bool:
     )
 
 
-def _strides(lengths: LengthPointers) -> tuple[int, ...]:
-    return tuple(1 if t is None else t.stride(0) for t in lengths)
-
-
 def _grid(batch_size: int, slice_: int, layer_groups: int) -> tuple[int, int, int]:
-    padded = -(-batch_size // ROW_ALIGNMENT) * ROW_ALIGNMENT  # the padding is written, too
-    slices = triton.cdiv(min(padded, MAX_DYNAMIC_SPLIT_BATCH), slice_)
+    slices = triton.cdiv(min(padded(batch_size), MAX_DYNAMIC_SPLIT_BATCH), slice_)  # the padding is written, too
     return slices or 1, triton.cdiv(batch_size, MAX_DYNAMIC_SPLIT_BATCH) or 1, layer_groups
 
 

@@ -6,6 +6,12 @@ from dataclasses import dataclass
 
 ROW_ALIGNMENT = 4  # int32 elements: FA3 aligns every row to 16 bytes
 
+
+def padded(length: int) -> int:
+    """`length` elements rounded up to whole rows' alignment."""
+    return -(-length // ROW_ALIGNMENT) * ROW_ALIGNMENT
+
+
 # Every row an FA3 build may have: int32, one value a sequence.
 ROWS = {
     "num_splits_dynamic": "KV splits of the sequence",
@@ -33,7 +39,7 @@ class MetadataLayout:
     @property
     def row_stride(self) -> int:
         """Elements from the start of one row to the start of the next."""
-        return -(-self.batch_size // ROW_ALIGNMENT) * ROW_ALIGNMENT
+        return padded(self.batch_size)
 
     @property
     def size(self) -> int:

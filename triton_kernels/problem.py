@@ -22,6 +22,13 @@ def checked_int(name: str, value: SupportsIndex, low: int, high: int = _INT32_MA
     return number
 
 
+def checked_choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
+    """`value` if it is allowed; a ValueError that names the argument otherwise."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+    return value
+
+
 def checked_bool(name: str, value: bool) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")

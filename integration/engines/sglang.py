@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -22,7 +21,7 @@ import torch
 
 from ..api import get_scheduler_metadata, resolve_build
 from ..arguments import device_facts
-from ..install import DISABLE_VARIABLE
+from ..install import DISABLE_VARIABLE, is_disabled
 from ..wrapper import wrap_forward
 
 _log = logging.getLogger("fa3_metadata")
@@ -215,7 +214,7 @@ def attach_new_backends(build: str | None = None) -> Callable[[], None]:
     Creating a backend raises what `attach` raises. Does nothing where the environment variable FA3_METADATA_DISABLE is
     set to anything but 0.
     """
-    if os.environ.get(DISABLE_VARIABLE, "0") not in ("", "0"):
+    if is_disabled():
         _log.info("scheduler metadata: SGLang is left alone, since %s is set", DISABLE_VARIABLE)
         return lambda: None
     kind = getattr(import_module(LAYOUTS[0].module), LAYOUTS[0].backend)
