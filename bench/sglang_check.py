@@ -1,8 +1,8 @@
-"""A real SGLang decodes with no precomputed metadata, with its own and with ours; all logits must have the same bits.
+"""A real SGLang decodes without metadata, with its own and with ours: all logits must have the same bits.
 
     python bench/sglang_check.py
 
-Needs an importable SGLang with its FlashAttention-3 backend, and a Hopper GPU. A small Llama-shaped model with random
+Ours comes by the adapter, and by `install(wrap_forward=True)` as for versions that make none. Needs an importable SGLang with its FlashAttention-3 backend, and a Hopper GPU. A small Llama-shaped model with random
 weights runs in one process a variant, side by side on the same GPU, with CUDA graphs for batches of 1, 8 and 16; the
 batches decoded shrink and grow, and some are padded to a captured size.
 """
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 
-VARIANTS = ("none", "sglang", "ours")
+VARIANTS = ("none", "sglang", "adapter", "wrapper")
 BATCHES = ((1, 700), (8, 300), (16, 1000), (5, 2000), (2, 60), (11, 129))  # sequences, tokens of context
 STEPS = 64
 CONFIG = {
@@ -46,11 +46,15 @@ def decode(variant: str, folder: pathlib.Path) -> list[str]:
     from sglang import bench_one_batch
     from sglang.srt.server_args import PortArgs, ServerArgs
 
-    if variant == "ours":
+    if variant == "adapter":
         from fa3_metadata.engines.sglang import attach_new_backends
 
         attach_new_backends()
-    elif variant == "none":
+    if variant == "wrapper":
+        import fa3_metadata
+
+        print(fa3_metadata.install(wrap_forward=True))
+    if variant in ("none", "wrapper"):  # SGLang as it was before it made metadata itself
         from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBackend
 
         init = FlashAttentionBackend.__init__
@@ -109,7 +113,9 @@ def main() -> None:
         if wrong:
             sys.exit(f"{variant}: logits differ from those without metadata in {len(wrong)} steps, first {wrong[0]}")
     print(f"{len(made['none'])} decode steps, {len(set(made['none']))} distinct logits: the same bits by {VARIANTS}")
-    print("log of ours:", *(line for line in logs["ours"].splitlines() if "scheduler metadata" in line), sep="\n  ")
+    for variant in VARIANTS[2:]:
+        said = [line for line in logs[variant].splitlines() if "metadata" in line and "fa3_metadata" in line]
+        print(f"log of {variant}:", *said, sep="\n  ")
 
 
 if __name__ == "__main__":

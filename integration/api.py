@@ -16,10 +16,9 @@ from .resolved import ResolvedCall, resolve
 from .triton_kernels.builds import FA3Rules, rules_for
 from .triton_kernels.layout import MetadataLayout
 from .triton_kernels.plan import LaunchPlan, make_plan
-from .triton_kernels.problem import Problem, checked_choice
+from .triton_kernels.problem import DEFAULT_PARTIAL_BYTES, POLICIES, Problem, checked_choice
 
 BACKENDS = ("auto", "triton", "reference", "native")
-POLICIES = ("fa3",)
 
 
 def get_scheduler_metadata(
@@ -53,6 +52,8 @@ def get_scheduler_metadata(
     backend: str = "auto",
     arch: int | None = None,
     num_sms: int | None = None,
+    batch_invariant: bool = False,
+    max_partial_bytes: int = DEFAULT_PARTIAL_BYTES,
 ) -> torch.Tensor:
     """FA3's scheduler metadata of a batch: make it once a step, pass it to every layer as `scheduler_metadata`.
 
@@ -91,12 +92,18 @@ def get_scheduler_metadata(
         sm_margin: SMs left to other kernels.
         build: the FA3 build that will consume the tensor, such as "sglang-kernel-0.4.2"; None: see `detect_build`.
         out: int32 tensor to write to, contiguous, 1-D, at least the layout's size; None: a new tensor.
-        policy: "fa3": the build's own schedule.
+        policy: "fa3": the build's own schedule. "balanced": splits that a measured model of the GPU predicts to be
+            fastest (triton_kernels/balance.py). It bounds the splits otherwise than FA3 does, so the forward must be
+            given `metadata_layout(...).num_splits`.
         backend: "triton" (the kernel; CPU tensors need TRITON_INTERPRET=1), "reference" (NumPy, on the host:
             synchronises with CUDA tensors), "native" (the installed build's op), or "auto" (CUDA: the kernel; CPU:
             the reference).
         arch: compute capability as 10 * major + minor: 80, 86, 89 or 90. None: that of the device, 90 on CPU.
         num_sms: SMs of the device. None: those of the device, 132 on CPU.
+        batch_invariant: with "balanced", the splits of a sequence depend on its own length alone, so that its
+            attention has the same bits whatever else is in the batch.
+        max_partial_bytes: with "balanced" and num_splits 0, what the forward's partial outputs may take; not applied
+            with `batch_invariant`.
 
     Returns:
         int32 tensor on the device of `cache_seqlens`, laid out as `metadata_layout(...)` says: `out`, or its
@@ -114,7 +121,7 @@ def get_scheduler_metadata(
             cache_seqlens, batch_size, max_seqlen_q, max_seqlen_k, num_heads, num_heads_k, headdim, qkv_dtype,
             headdim_v, cu_seqlens_q, cu_seqlens_k, cu_seqlens_k_new, seqused_q, leftpad_k, page_size, max_seqlen_k_new,
             causal, window_size[0], window_size[1], attention_chunk, has_softcap, num_splits, pack_gqa, sm_margin,
-            build, policy, backend, arch, num_sms,
+            build, policy, backend, arch, num_sms, batch_invariant, max_partial_bytes,
         )  # fmt: skip
         if out is None:
             return torch.ops.fa3_metadata.get_scheduler_metadata(*operands)
@@ -122,6 +129,8 @@ def get_scheduler_metadata(
         return out
     checked_choice("policy", policy, POLICIES)
     checked_choice("backend", backend, BACKENDS)
+    if backend == "native" and policy != "fa3":
+        raise ValueError(f'policy must be "fa3" for backend="native", got {policy!r}')
     if cache_seqlens is None:
         raise TypeError("cache_seqlens must be a tensor, got NoneType")
     build, rules = resolve_build(build)
@@ -130,7 +139,7 @@ def get_scheduler_metadata(
     static = (
         batch_size, max_seqlen_q, max_seqlen_k, num_heads, num_heads_k, headdim, headdim_v, qkv_dtype, *presence,
         page_size, max_seqlen_k_new, causal, window_size, attention_chunk, has_softcap, num_splits, pack_gqa, sm_margin,
-        arch, num_sms,
+        arch, num_sms, policy, batch_invariant, max_partial_bytes,
     )  # fmt: skip
     resolved = _resolve(tensors, static, rules)
     out = output_tensor(out, resolved.plan.layout, cache_seqlens.device)
@@ -169,8 +178,11 @@ def metadata_layout(
     sm_margin: int = 0,
     *,
     build: str | None = None,
+    policy: str = "fa3",
     arch: int | None = None,
     num_sms: int | None = None,
+    batch_invariant: bool = False,
+    max_partial_bytes: int = DEFAULT_PARTIAL_BYTES,
 ) -> MetadataLayout:
     """Length and rows of the tensor that `get_scheduler_metadata` makes for the same arguments.
 
@@ -220,7 +232,7 @@ def resolve_build(build: str | None) -> tuple[str, FA3Rules]:
 _rules_for = lru_cache(maxsize=64)(rules_for)
 
 
-_STATIC = tuple(field.name for field in fields(Problem))  # the order of `static` below
+_STATIC = tuple(field.name for field in fields(Problem) if field.name != "gpu")  # the order of `static` above
 _PRESENCE = ("has_cu_seqlens_q", "has_seqused_q", "has_leftpad_k")
 _resolved: dict[tuple[Any, ...], ResolvedCall] = {}
 _MOST_RESOLVED = 4096

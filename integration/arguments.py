@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from .triton_kernels.layout import MetadataLayout
-from .triton_kernels.problem import Problem, checked_int
+from .triton_kernels.problem import DEFAULT_GPU, Problem, checked_int
 
 if TYPE_CHECKING:
     from .triton_kernels.launch import LengthPointers
@@ -73,6 +73,18 @@ def device_facts(device: torch.device | None, arch: int | None, num_sms: int | N
     return (found_arch if arch is None else arch), (found_sms if num_sms is None else num_sms)
 
 
+@lru_cache(maxsize=64)
+def _cuda_device_name(index: int) -> str:
+    return torch.cuda.get_device_name(index)
+
+
+def gpu_name(device: torch.device | None) -> str:
+    """The GPU whose measured constants policy "balanced" uses: a CUDA device's, else an H200's."""
+    if device is None or device.type != "cuda":
+        return DEFAULT_GPU
+    return _cuda_device_name(torch.cuda.current_device() if device.index is None else device.index)
+
+
 def make_problem(
     tensors: LengthTensors | None,
     *,
@@ -99,6 +111,7 @@ def make_problem(
         qkv_dtype=dtype_name(qkv_dtype),
         arch=arch,
         num_sms=num_sms,
+        gpu=gpu_name(device) if static.get("policy") == "balanced" else DEFAULT_GPU,
         **static,  # type: ignore[arg-type]
     )
 

@@ -8,15 +8,20 @@ from typing import Any
 
 import torch
 
-from .api import POLICIES, resolve_build
+from .api import resolve_build
 from .arguments import LengthTensors, make_problem
 from .calls import ForwardCall
 from .providers import provider_of
 from .resolved import ResolvedCall, load_launch, on_device, resolve
 from .triton_kernels.layout import padded
-from .triton_kernels.plan import MAX_DYNAMIC_SPLIT_BATCH, make_plan
-from .triton_kernels.problem import Problem, checked_choice, checked_int
+from .triton_kernels.plan import MAX_DYNAMIC_SPLIT_BATCH, LaunchPlan, make_plan
+from .triton_kernels.problem import DEFAULT_PARTIAL_BYTES, Problem, checked_int
 
+# Fields of a problem in which a forward may differ: FA3 comes to the same, or they are ours alone.
+_NOT_COMPARED = {
+    "max_seqlen_k", "window_size", "causal", "num_splits", "pack_gqa", "sm_margin",
+    "policy", "batch_invariant", "max_partial_bytes", "gpu",
+}  # fmt: skip
 VARYING = ("cu_seqlens_q", "seqused_q", "cu_seqlens_k_new", "leftpad_k")
 
 
@@ -61,8 +66,9 @@ class MetadataPlan:
         varying: Sequence[str] = (),
         build: str | None = None,
         policy: str = "fa3",
+        batch_invariant: bool = False,
+        max_partial_bytes: int = DEFAULT_PARTIAL_BYTES,
     ) -> None:
-        checked_choice("policy", policy, POLICIES)
         if unknown := set(varying) - set(VARYING):
             raise ValueError(f"varying must be among {', '.join(VARYING)}, got {', '.join(sorted(unknown))}")
         self.max_batch_size = checked_int("max_batch_size", max_batch_size, 0)
@@ -98,15 +104,31 @@ class MetadataPlan:
             num_splits=num_splits,
             pack_gqa=pack_gqa,
             sm_margin=sm_margin,
+            policy=policy,
+            batch_invariant=batch_invariant,
+            max_partial_bytes=max_partial_bytes,
         )
         self._resolved: dict[int, ResolvedCall] = {}
         self._fitting: set[tuple[ResolvedCall, Problem]] = set()  # forwards that were found to fit
-        resolved = self.resolved(self.max_batch_size).plan
-        self.num_splits, self.pack_gqa, self.sm_margin = resolved.num_splits, resolved.pack_gqa, sm_margin
+        self.sm_margin = sm_margin
         # Layouts of batches with dynamic splits may have a row more.
-        largest = (min(MAX_DYNAMIC_SPLIT_BATCH, self.max_batch_size), self.max_batch_size)
-        self.capacity = max(self.resolved(batch).plan.layout.size for batch in largest)
+        some = {min(batch, self.max_batch_size) for batch in (1, MAX_DYNAMIC_SPLIT_BATCH, self.max_batch_size)}
+        rows = max(len(self.resolved(batch).plan.layout.row_names) for batch in some)
+        self.capacity = rows * padded(self.max_batch_size) + 1
         self._group = MetadataPlans([self])
+
+    @property
+    def num_splits(self) -> int:
+        """The bound on splits, for the forward: of the last update's batch, before one of the largest."""
+        return self._plan_in_use().num_splits
+
+    @property
+    def pack_gqa(self) -> bool:
+        """For the forward, likewise."""
+        return self._plan_in_use().pack_gqa
+
+    def _plan_in_use(self) -> LaunchPlan:
+        return self.resolved(self._group.last_batch_size or self.max_batch_size).plan
 
     def resolved(self, batch_size: int) -> ResolvedCall:
         """Problem and launch plan of a batch of this size."""
@@ -177,8 +199,8 @@ class MetadataPlan:
         made, made_plan = resolved.problem, resolved.plan
         for field in fields(Problem):
             wanted, got = getattr(made, field.name), getattr(asked, field.name)
-            if field.name in ("max_seqlen_k", "window_size", "causal", "num_splits", "pack_gqa", "sm_margin"):
-                continue  # compared by what FA3 makes of them
+            if field.name in _NOT_COMPARED:
+                continue
             if wanted != got:
                 raise ValueError(f"{field.name} must be {wanted}, which the metadata was made for, got {got}")
         if asked.max_seqlen_k > made.max_seqlen_k:
@@ -244,6 +266,11 @@ class MetadataPlans:
         self._step: _Step | None = None
         for plan in self.plans:
             plan._group = self
+
+    @property
+    def last_batch_size(self) -> int | None:
+        """Sequences of the last update; None before the first one."""
+        return None if self._step is None else self._step.batch_size
 
     @property
     def batch_size(self) -> int:

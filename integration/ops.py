@@ -19,7 +19,7 @@ _ARGUMENTS = (
     "Tensor? cu_seqlens_k, Tensor? cu_seqlens_k_new, Tensor? seqused_q, Tensor? leftpad_k, SymInt? page_size, "
     "SymInt max_seqlen_k_new, bool causal, SymInt window_left, SymInt window_right, SymInt attention_chunk, "
     "bool has_softcap, SymInt num_splits, bool? pack_gqa, SymInt sm_margin, str? build, str policy, str backend, "
-    "SymInt? arch, SymInt? num_sms"
+    "SymInt? arch, SymInt? num_sms, bool batch_invariant, SymInt max_partial_bytes"
 )
 
 
@@ -62,7 +62,7 @@ def _(*args: Any, **kwargs: Any) -> torch.Tensor:
     batch_size = arguments["batch_size"]
     lengths = arguments["cache_seqlens"]
     presence = LengthTensors._fields[1:]
-    not_static = (*presence, "batch_size", "policy", "backend")
+    not_static = (*presence, "batch_size", "backend")
     static = {name: _plain(arguments[name]) for name in _NAMES if name not in not_static}
     static["window_size"] = (static.pop("window_left"), static.pop("window_right"))
     static |= {name: arguments[name] for name in presence} | {"cache_seqlens": None}
@@ -70,6 +70,8 @@ def _(*args: Any, **kwargs: Any) -> torch.Tensor:
     def layout(batch: int) -> Any:
         return plan_call(static | {"batch_size": batch}, lengths.device)[3].layout
 
+    if arguments["policy"] != "fa3":  # its bound on splits, and with it vLLM's rows, depends on the batch size
+        return lengths.new_empty(layout(_plain(batch_size)).size, dtype=torch.int32)
     few, many = layout(1), layout(MAX_DYNAMIC_SPLIT_BATCH + 1)
     # In this order, so that the batch size is guarded only where it matters.
     if len(few.row_names) != len(many.row_names) and batch_size > MAX_DYNAMIC_SPLIT_BATCH:

@@ -43,11 +43,12 @@ def test_signature_is_that_of_sglang_kernel_with_keyword_only_extras() -> None:
         ("pack_gqa", None), ("sm_margin", 0),
     ]  # fmt: skip
     extras = [("build", None), ("out", None), ("policy", "fa3"), ("backend", "auto"), ("arch", None), ("num_sms", None)]
+    extras += [("batch_invariant", False), ("max_partial_bytes", 2**28)]
     expected = [(name, default, False) for name, default in positional] + [(n, d, True) for n, d in extras]
     assert parameters(fa3_metadata.get_scheduler_metadata) == expected
     same = {"cache_seqlens": None} | {name: default for name, default in positional if name != "cache_seqlens"}
     for name, default, _ in parameters(fa3_metadata.metadata_layout):
-        assert name in ("build", "arch", "num_sms") or same[name] == default
+        assert name in dict(extras) or same[name] == default
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def test_opcheck(build: str, device: torch.device) -> None:
     cache_seqlens = lengths(7, device)
     operands = (
         cache_seqlens, 7, 1, 8192, 8, 1, 128, torch.bfloat16, None, None, None, None, None, None, 64, 0, True, -1, -1,
-        0, False, 8, None, 0, build, "fa3", "auto", None, None,
+        0, False, 8, None, 0, build, "fa3", "auto", None, None, False, 2**28,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.fa3_metadata.get_scheduler_metadata.default, operands)
     size = fa3_metadata.metadata_layout(**arguments(cache_seqlens, build)).size
@@ -97,7 +97,7 @@ def test_few_kernels_serve_many_problems(monkeypatch: pytest.MonkeyPatch) -> Non
         call |= {"batch_size": batch, "max_seqlen_k": max_seqlen_k, "build": BUILDS[0]}
         _, problem, _, plan = fa3_metadata.api.plan_call(call)
         made = launch.metadata_launch(problem, plan)
-        constants.add((tuple(made._constants.items()), made._num_warps))
+        constants.add((tuple(made._constants.items()), made._options["num_warps"]))
     # Six launch shapes with splits; without (short caches, over 992 sequences) as many again, and one more.
     assert 6 <= len(constants) <= 13
 
@@ -159,10 +159,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from fa3_metadata.triton_kernels import kernel
-full, window = (0, 1, -1, 2, 3, 4, True, True), (0, 1, -1, -1, 2, 3, True, True)
-constants = {"LAYOUT": full, "LAYOUTS": (full, window), "CONTIGUOUS": True, "SLICE": 4, "GROUP": 1024}
 absent = ("cu_seqlens_q", "seqused_q", "cu_seqlens_k_new", "leftpad_k")
-for function in (kernel.prepare_varlen_num_blocks_kernel, kernel.prepare_layer_groups_kernel):
+floats = ("load_factor", "causal_saving", "tile_cost", "alone4", "split_cost")
+single, several = kernel.prepare_varlen_num_blocks_kernel, kernel.prepare_layer_groups_kernel
+for function, splits in ((single, 1), (single, 2), (single, 3), (single, 4), (several, 1), (several, 2)):
+    full, window = (0, 1, -1, 2, 3, 4, True, splits, False), (0, 1, -1, -1, 2, 3, True, splits, splits > 1)
+    constants = {"LAYOUT": full, "LAYOUTS": (full, window), "CONTIGUOUS": True, "SLICE": 4, "GROUP": 1024}
     signature, values = {}, {}
     for parameter in function.params:
         name = parameter.name
@@ -170,10 +172,10 @@ for function in (kernel.prepare_varlen_num_blocks_kernel, kernel.prepare_layer_g
             signature[name], values[(parameter.num,)] = "constexpr", constants.get(name)
         else:
             pointer = name in ("out", "table", "cache_seqlens")
-            signature[name] = "*i32" if pointer else "fp32" if name == "sms_reciprocal" else "i32"
+            signature[name] = "*i32" if pointer else "fp32" if name in floats else "i32"
     source = ASTSource(function, signature, values)
     triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
-    print("compiled", function.__name__)
+    print("compiled", function.__name__, splits)
 """
 
 
@@ -181,7 +183,4 @@ def test_kernels_compile_for_hopper_anywhere() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.splitlines() == [
-        "compiled prepare_varlen_num_blocks_kernel",
-        "compiled prepare_layer_groups_kernel",
-    ]
+    assert len(run.stdout.splitlines()) == 6

@@ -64,7 +64,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"out": torch.zeros(26, dtype=torch.int32)[::2]}, ValueError, r"out must be a contiguous .* strides \(2,\)"),
     ({"out": torch.zeros((1, 13), dtype=torch.int32)}, ValueError, r"out must be a contiguous 1-D .*shape \(1, 13\)"),
     ({"out": torch.zeros(13, dtype=torch.int32, device="meta")}, ValueError, "out must be on cpu like cache_seqlens"),
-    ({"policy": "best"}, ValueError, "policy must be one of fa3, got 'best'"),
+    ({"policy": "best"}, ValueError, "policy must be one of fa3, balanced, got 'best'"),
     ({"backend": "cuda"}, ValueError, "backend must be one of auto, triton, reference, native, got 'cuda'"),
     ({"build": "sgl-kernel"}, ValueError, "build 'sgl-kernel' is not known; supported are sgl-kernel 0.3.20 to 0.3.21"),
     ({"build": "xformers-1.0"}, ValueError, "build 'xformers-1.0' is not known"),

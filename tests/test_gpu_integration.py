@@ -1,22 +1,32 @@
-"""Plans and the wrapper with real attention: every kind of decode layer, eager and captured, like the wheel alone."""
+"""Plans, the wrapper and the engines' calls with real attention, eager and captured: the bits of the wheel alone."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+import functools
+import pathlib
+import random
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import fa3_metadata
 import pytest
 import torch
 from fa3_metadata import MetadataPlan, MetadataPlans, step, wrap_forward
+from fa3_metadata.engines import vllm as adapter
 from fa3_metadata.providers import load_forward
+from fa3_metadata.triton_kernels.problem import POLICIES
 
-from .test_gpu_wheels import WHEEL
+from .cases import POISON
+from .fresh import in_fresh_processes
+from .test_gpu_wheels import PACKAGE, WHEEL, needs_wheel
+from .vllm_stand_in import check, gqa_builder, make_batch, mla_builder, stand_in
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(WHEEL is None, reason="no FA3 wheel is installed")]
-IS_SGLANG = str(WHEEL).startswith("sglang-kernel")  # the kit with every kind of kernel
-needs_sglang = pytest.mark.skipif(not IS_SGLANG, reason="needs sglang-kernel's kernels for other head dims")
+pytestmark = pytest.mark.gpu
+needs_sglang = pytest.mark.skipif(PACKAGE != "sglang-kernel", reason="one wheel is enough: sglang-kernel")
+needs_vllm = pytest.mark.skipif(PACKAGE != "vllm", reason="needs vLLM's FA3")
 BF16 = torch.bfloat16
 
 
@@ -80,8 +90,6 @@ KINDS: dict[str, Callable[[], dict[str, Any]]] = {
     "short prefill": lambda: layer(q=200),
     "fixed splits": lambda: layer(num_splits=6),
     "margin": lambda: layer(sm_margin=12),
-}
-SGLANG_KINDS: dict[str, Callable[[], dict[str, Any]]] = {
     "softcap": lambda: layer(softcap=30.0),
     "sinks": lambda: layer(sinks=rand(8)),
     "head dim 64": lambda: layer(8, 8, 64),
@@ -90,60 +98,85 @@ SGLANG_KINDS: dict[str, Callable[[], dict[str, Any]]] = {
     "mla": mla,
     "mla verification": lambda: mla() | {"q": rand(5, 4, 16, 64), "qv": rand(5, 4, 16, 512)},
 }
+# What is not asked of a wheel: arguments that vLLM's front end does not take, and kernels that are missing from the
+# slimmed wheels with which these tests are run.
+LEFT_OUT = {
+    "sgl-kernel": {"not paged", "left padding", "softcap"},
+    "vllm": {
+        "chunk", "appended keys", "left padding", "margin", "head dim 64", "head dim 256", "mla", "mla verification",
+    },
+}  # fmt: skip
+ASKED = [kind for kind in KINDS if kind not in LEFT_OUT.get(str(PACKAGE), ())]
+GROUP = 5 if PACKAGE == "sgl-kernel" else 1  # kinds that share a process of their own, which takes long to start
 
 
-def check_kind(make: Callable[[], dict[str, Any]]) -> None:
+def for_vllm(call: dict[str, Any]) -> dict[str, Any]:
+    """The same layer, as arguments of vLLM's `flash_attn_varlen_func`; `call` and it share their tensors."""
+    q, k_cache, table = call["q"], call["k_cache"], call["page_table"]
+    if (starts := call.get("cu_seqlens_q")) is None:
+        starts = torch.arange(0, q.shape[0] * q.shape[1] + 1, q.shape[1], dtype=torch.int32, device="cuda")
+    return {
+        "q": q.flatten(0, -3), "k": k_cache, "v": call["v_cache"],
+        "max_seqlen_q": call.get("max_seqlen_q", q.shape[1]), "cu_seqlens_q": starts,
+        "max_seqlen_k": k_cache.shape[1] * (1 if table is None else table.shape[1]),
+        "seqused_k": call["cache_seqlens"], "block_table": table, "causal": call["causal"],
+        "window_size": list(call.get("window_size", (-1, -1))), "softcap": call.get("softcap", 0.0),
+        "num_splits": call.get("num_splits", 0), "s_aux": call.get("sinks"), "fa_version": 3,
+    }  # fmt: skip
+
+
+def check_kind(kind: str) -> None:
     torch.manual_seed(0)
+    call, cache_names = KINDS[kind](), ("k_cache", "v_cache")
+    lengths, left_padding = call["cache_seqlens"], call.get("cache_leftpad")
+    if PACKAGE == "vllm":
+        call, cache_names = for_vllm(call), ("k", "v")
+    caches = [call[name] for name in cache_names]
+    fresh = [cache.clone() for cache in caches]
     forward = load_forward(str(WHEEL))
-    wrapped = wrap_forward(forward, WHEEL)
-    made: list[Any] = []
+    handed: list[torch.Tensor | None] = []
 
+    @functools.wraps(forward)  # with its signature, which the wrapper reads
     def spy(**call: Any) -> Any:
-        made.append(call["scheduler_metadata"])
+        handed.append(call.get("scheduler_metadata"))
         return forward(**call)
 
-    spied = wrap_forward(lambda scheduler_metadata=None, num_splits=0, pack_gqa=None, **call: spy(
-        scheduler_metadata=scheduler_metadata, num_splits=num_splits, pack_gqa=pack_gqa, **call), WHEEL)  # fmt: skip
-    call = make()
-    fresh = [call["k_cache"].clone(), call["v_cache"].clone()]
+    wrapped = wrap_forward(spy, WHEEL)
 
     def run(function: Callable[..., Any]) -> torch.Tensor:
-        call["k_cache"].copy_(fresh[0])
-        call["v_cache"].copy_(fresh[1])
+        torch._foreach_copy_(caches, fresh)  # appended keys have been written to them
         out: torch.Tensor = function(**call)
         return out.clone()
 
     expected = run(forward)
     with step():
-        assert torch.equal(run(spied), expected), "eager"
-    assert made[-1] is not None, "the wrapper passed the call through"
+        assert torch.equal(run(wrapped), expected), f"{kind}: eager"
+    assert handed[0] is not None, f"{kind}: the wrapper passed the call through"
 
-    graph, captured = torch.cuda.CUDAGraph(), []
+    graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = [wrapped(**call), wrapped(**call | {"k_cache": call["k_cache"].clone()})]
-    for lengths in (LENGTHS, tuple(max(1, n // 3) for n in LENGTHS)):
-        call["cache_seqlens"].copy_(ints(*lengths))
-        if "cache_leftpad" in call:
-            call["cache_leftpad"].fill_(0)
+        captured = [wrapped(**call), wrapped(**call | {cache_names[0]: caches[0].clone()})]
+    assert handed[1] is not None, f"{kind}: the wrapper passed the captured call through"
+    assert handed[1] is handed[2], f"{kind}: two layers of one capture do not share their metadata"
+    for new in (LENGTHS, tuple(max(1, n // 3) for n in LENGTHS)):
+        lengths.copy_(ints(*new))
+        if left_padding is not None:
+            left_padding.fill_(0)
         expected = run(forward)
-        call["k_cache"].copy_(fresh[0])
-        call["v_cache"].copy_(fresh[1])
+        torch._foreach_copy_(caches, fresh)
         graph.replay()
         for output in captured:
-            assert torch.equal(output, expected), f"captured, lengths {lengths}"
+            assert torch.equal(output, expected), f"{kind}: captured, lengths {new}"
 
 
-@pytest.mark.skipif(str(WHEEL).startswith("vllm"), reason="vLLM's forward has other arguments")
-@pytest.mark.skipif(str(WHEEL).startswith("sgl-kernel"), reason="this wheel's own path is not sound on a newer torch")
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_layer(kind: str) -> None:
-    check_kind(KINDS[kind])
-
-
-@needs_sglang
-@pytest.mark.parametrize("kind", SGLANG_KINDS)
-def test_every_kind_of_layer_of_sglang(kind: str) -> None:
-    check_kind(SGLANG_KINDS[kind])
+@needs_wheel
+@pytest.mark.parametrize("kinds", [ASKED[i : i + GROUP] for i in range(0, len(ASKED), GROUP)], ids=", ".join)
+def test_every_kind_of_layer(kinds: list[str]) -> None:
+    if PACKAGE == "sgl-kernel":
+        in_fresh_processes(check_kind, [(kind,) for kind in kinds])
+    else:
+        for kind in kinds:
+            check_kind(kind)
 
 
 def nodes(graph: torch.cuda.CUDAGraph) -> int:
@@ -157,6 +190,7 @@ PLAN: dict[str, Any] = {"max_batch_size": 64, "max_seqlen_k": 8192, "num_heads":
                         "page_size": 64, "causal": True, "device": "cuda", "build": WHEEL}  # fmt: skip
 
 
+@needs_wheel
 @pytest.mark.parametrize("groups", [1, 2, 3])
 def test_all_groups_are_refreshed_by_one_node(groups: int) -> None:
     windows = [(-1, -1), (1023, 0), (127, 0)][:groups]
@@ -181,7 +215,7 @@ def test_all_groups_are_refreshed_by_one_node(groups: int) -> None:
             assert torch.equal(metadata, alone)
 
 
-@pytest.mark.skipif(not IS_SGLANG, reason="counts the nodes of sgl_kernel's forward")
+@needs_sglang
 def test_a_capture_holds_one_metadata_node_for_each_problem() -> None:
     forward = load_forward(str(WHEEL))
     wrapped = wrap_forward(forward, WHEEL)
@@ -200,10 +234,9 @@ def test_a_capture_holds_one_metadata_node_for_each_problem() -> None:
     assert counts["alone"] - counts["ours"] == len(layers) - 2  # 5 launches of their own become 2 of ours
 
 
+@needs_sglang
 def test_two_steps_in_one_capture_do_not_share() -> None:
     """Multi-step decoding in one graph: the lengths grow between steps, also where torch does not count writes."""
-    if not IS_SGLANG:
-        pytest.skip("one wheel is enough")
     forward = load_forward(str(WHEEL))
     wrapped = wrap_forward(forward, WHEEL)
     with torch.inference_mode():
@@ -225,3 +258,141 @@ def test_two_steps_in_one_capture_do_not_share() -> None:
             graph.replay()
             for output, wanted in zip(captured, expected, strict=True):
                 assert torch.equal(output, wanted)
+
+
+@pytest.fixture
+def vllm(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """vLLM's FA3. Meanwhile `import vllm` finds the stand-in, which has the builders that the installed copy lacks."""
+    real = import_module("vllm.vllm_flash_attn")
+    with stand_in(tmp_path, monkeypatch):
+        yield real
+
+
+WIDTH = 600  # pages of 16 tokens that a sequence may have
+VLLM_DECODE = {"lengths": [5, 9000, 4096, 700, 700]}
+VLLM_MIXED = {"lengths": [300, 9000, 17, 2048], "query_lens": [300, 1, 1, 512]}
+
+
+def vllm_batch(**batch: Any) -> SimpleNamespace:
+    """A batch for the stand-in's builders, on the GPU. The longest sequence that it speaks of fills the block table."""
+    made = make_batch(**batch, max_seq_len=WIDTH * 16)
+    made.lengths, made.starts = made.lengths.cuda(), made.starts.cuda()
+    return made
+
+
+def vllm_builder(make: Callable[..., Any], **arguments: Any) -> Any:
+    made = make(**arguments)
+    if made.use_full_cuda_graph:
+        made.scheduler_metadata = made.scheduler_metadata.cuda()  # the stand-in's is on the CPU
+    return made
+
+
+def vllm_layer(batch: SimpleNamespace, builder: Any) -> dict[str, Any]:
+    """One layer's arguments of `flash_attn_varlen_func`, as vLLM's backend passes them: 32 q heads on 8 KV heads."""
+    cache = {name: rand(3000, 16, 8, 128) for name in ("k", "v")}
+    table = torch.randint(0, 3000, (batch.size, WIDTH), dtype=torch.int32, device="cuda")
+    return cache | {
+        "q": rand(int(batch.starts[-1]), 32, 128), "cu_seqlens_q": batch.starts, "max_seqlen_q": batch.max_query_len,
+        "seqused_k": batch.lengths, "max_seqlen_k": batch.max_seq_len, "softmax_scale": 128**-0.5,
+        "causal": batch.causal, "window_size": list(builder.aot_sliding_window), "block_table": table,
+        "num_splits": builder.max_num_splits, "fa_version": 3,
+    }  # fmt: skip
+
+
+@needs_vllm
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("graphs", [False, True], ids=["free splits", "fixed splits"])
+@pytest.mark.parametrize("kind", ["decode", "mixed", "window", "mla"])
+def test_vllm_adapter_makes_what_vllm_makes(
+    vllm: ModuleType, monkeypatch: pytest.MonkeyPatch, kind: str, graphs: bool, in_place: bool
+) -> None:
+    """The metadata that a builder gets by the adapter, and what vLLM's forward makes of it."""
+    batch = vllm_batch(**VLLM_MIXED if kind == "mixed" else VLLM_DECODE)
+    make, module, build = gqa_builder, adapter.GQA, "build"
+    if kind == "mla":
+        make, module, build = mla_builder, adapter.MLA, "_build_decode"
+    arguments = {"graphs": graphs} | ({"window": (1023, 0)} if kind == "window" else {})
+    with monkeypatch.context() as patch:
+        patch.setattr(import_module(module), adapter.NAME, vllm.get_scheduler_metadata)
+        theirs = getattr(vllm_builder(make, **arguments), build)(batch)
+    attached = adapter.attach(in_place)
+    builder = vllm_builder(make, **arguments)
+    for _ in range(2):  # the second time there is something to overwrite
+        made = getattr(builder, build)(batch)
+        check(made, theirs, batch.size)
+    assert attached.used
+    if kind != "mla":  # of its head dims the copy has no attention kernels
+        call = vllm_layer(batch, builder)
+        expected = vllm.flash_attn_varlen_func(**call)
+        for metadata in (theirs, made, made):  # one tensor serves many layers
+            assert torch.equal(vllm.flash_attn_varlen_func(**call, scheduler_metadata=metadata), expected)
+
+
+@needs_vllm
+@pytest.mark.parametrize("in_place", [False, True])
+def test_vllm_full_graph_follows_the_adapters_metadata(vllm: ModuleType, in_place: bool) -> None:
+    """As vLLM does it: layers captured with a slice of the builder's buffer, which is made anew before each replay."""
+    forward = vllm.flash_attn_varlen_func
+    batch = vllm_batch(**VLLM_DECODE)
+    import_module(adapter.GQA)
+    adapter.attach(in_place)
+    builder = vllm_builder(gqa_builder, graphs=True)
+    metadata = builder.build(batch)
+    layers = [vllm_layer(batch, builder) for _ in range(3)]
+    for call in layers:
+        forward(**call, scheduler_metadata=metadata)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = [forward(**call, scheduler_metadata=metadata) for call in layers]
+    for lengths in ((5, 9000, 4096, 700, 700), (9600, 1, 1, 1, 1), (64, 128, 129, 1000, 300), (1, 1, 1, 1, 1)):
+        batch.lengths.copy_(ints(*lengths))
+        batch.max_seq_len = max(lengths)  # vLLM asks for the longest sequence of the step; the graph's is the table
+        assert builder.build(batch).data_ptr() == metadata.data_ptr()
+        graph.replay()
+        for output, call in zip(outputs, layers, strict=True):
+            assert torch.equal(output, forward(**call)), f"lengths {lengths}"
+
+
+GUARD = 8192  # elements on either side of a tensor, more than any row is long
+MASKS = {"full": (False, (-1, -1)), "causal": (True, (-1, -1)), "window": (True, (127, 0))}
+
+
+def in_a_minefield(size: int, offset: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """(memory, the `size` elements in its middle); everything is poison."""
+    memory = torch.full((2 * GUARD + size + offset,), POISON, dtype=torch.int32, device="cuda")
+    return memory, memory[GUARD + offset : GUARD + offset + size]
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("build", ["sgl-kernel-0.3.21", "sglang-kernel-0.4.2", "vllm-0.33.0"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_nothing_is_written_outside_the_tensor(policy: str, build: str, mask: str) -> None:
+    rng = random.Random(f"{policy} {build} {mask}")
+    causal, window = MASKS[mask]
+    archs = (90, 86) if policy == "fa3" and not build.startswith("vllm") else (90,)
+    for i in range(60):
+        batch = rng.choice((1, 31, 32, 33, 991, 992, 993, 1100)) if i % 4 == 0 else rng.randint(1, 1100)
+        problem = {
+            "batch_size": batch, "max_seqlen_q": rng.choice((1, 4)), "max_seqlen_k": 100_000, "num_heads": 32,
+            "num_heads_k": 8, "headdim": 128, "page_size": 64, "causal": causal, "window_size": window,
+            "num_splits": rng.choice((0, 1, 32)), "arch": rng.choice(archs), "build": build, "policy": policy,
+        }  # fmt: skip
+        lengths = torch.randint(0, 100_000, (batch,), dtype=torch.int32, device="cuda")
+        memory, out = in_a_minefield(fa3_metadata.metadata_layout(**problem).size, rng.randrange(4))
+        fa3_metadata.get_scheduler_metadata(**problem, cache_seqlens=lengths, out=out)
+        assert POISON not in out.tolist(), f"an element was not written: {problem}"
+        out.fill_(POISON)
+        assert (memory == POISON).all(), f"written outside: {problem}"
+
+
+def test_no_group_of_layers_is_written_outside_its_part() -> None:
+    rng = random.Random(0)
+    shape = PLAN | {"max_batch_size": 1100, "build": "sglang-kernel-0.4.2"}
+    plans = MetadataPlans([MetadataPlan(**shape, window_size=window) for window in ((-1, -1), (1023, 0), (127, 0))])
+    memory, plans._buffer = in_a_minefield(plans._buffer.numel())
+    for batch in (1, 33, 992, 993, 1100, *(rng.randint(1, 1100) for _ in range(40))):
+        lengths = torch.randint(0, 8192, (batch,), dtype=torch.int32, device="cuda")
+        for part in plans.update(lengths):
+            assert POISON not in part.tolist(), f"an element was not written: {batch}"
+            part.fill_(POISON)
+        assert (memory == POISON).all(), f"written outside: {batch}"

@@ -13,13 +13,16 @@ import torch
 from fa3_metadata.decode_batch import attend, make_decode_batch
 from fa3_metadata.detect import BUILD_VARIABLE, SEARCH_ORDER, installed_version
 from fa3_metadata.native import native_op
+from fa3_metadata.triton_kernels.builds import package_of
 
 from .cases import POISON, Case, boundary_case, random_case
 from .conftest import HAS_GPU
+from .fresh import BROKEN, in_fresh_processes
 
 pytestmark = pytest.mark.gpu
 
 WHEEL = next((f"{name}-{version}" for name in SEARCH_ORDER if (version := installed_version(name))), None)
+PACKAGE = package_of(WHEEL) if WHEEL else None
 PARTS, RANDOM_CASES, BOUNDARY_CASES = 20, 2400, 1200  # of every build; spread over the parts
 
 
@@ -124,7 +127,6 @@ LENGTHS: dict[str, list[int]] = {
 }
 MASKS = {"causal": (True, (-1, -1)), "full": (False, (-1, -1)), "window": (True, (300, 0))}
 NUM_SPLITS = (0, 7, 1)  # FA3's heuristic, a bound of the caller's, none
-BROKEN = "doesn't have storage"  # see compare_in_fresh_processes
 
 
 def compare_forward(lengths: str, mask: str, heads: tuple[int, int]) -> None:
@@ -144,22 +146,6 @@ def compare_forward(lengths: str, mask: str, heads: tuple[int, int]) -> None:
                 assert torch.equal(got, expected), f"num_splits {num_splits}, q length {seqlen_q}, layer {layer}"
 
 
-def compare_in_fresh_processes(lengths: str, mask: str, heads: tuple[int, int]) -> None:
-    """`compare_forward` where a wheel meets a torch that it was not built for.
-
-    sgl-kernel 0.3.21 was built for an older torch. On a newer one a tensor that it allocates is broken now and then,
-    depending on what the process's memory held before, and then it raises. A fresh process has a fresh memory.
-    """
-    code = f"from tests.test_gpu_wheels import compare_forward; compare_forward({lengths!r}, {mask!r}, {heads!r})"
-    root = pathlib.Path(__file__).parent.parent
-    for _ in range(10):
-        run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=root, capture_output=True, text=True)
-        if run.returncode == 0:
-            return
-        assert BROKEN in run.stderr, run.stderr
-    pytest.fail("the wheel failed in ten fresh processes")
-
-
 @needs_wheel
 @pytest.mark.parametrize("heads", [(8, 1), (32, 8), (7, 7)], ids=str)
 @pytest.mark.parametrize("mask", MASKS)
@@ -172,7 +158,15 @@ def test_forward_gives_the_same_bits_with_our_metadata_as_without(
     except RuntimeError as error:
         if BROKEN not in str(error):
             raise
-        compare_in_fresh_processes(lengths, mask, heads)
+        in_fresh_processes(compare_forward, [(lengths, mask, heads)])
+
+
+@pytest.mark.skipif(PACKAGE not in ("sgl-kernel", "sglang-kernel"), reason="needs an installed sgl_kernel")
+def test_install_check() -> None:
+    script = pathlib.Path(__file__).parent.parent / "bench" / "install_check.py"
+    run = subprocess.run([sys.executable, "-W", "ignore", str(script), "--quick"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "every output equal" in run.stdout
 
 
 @needs_wheel

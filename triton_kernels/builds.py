@@ -27,6 +27,7 @@ class FA3Rules:
     has_attention_chunk: bool
     forces_pack_gqa: bool  # whenever there are splits or d == dv, whatever the caller asked for
     packs_narrow_windows: bool  # 8 q heads per KV head, local, d == dv == 64
+    splits_beyond_992: bool  # the forward takes splits from metadata of more than 992 sequences, too
     l2_bytes: Callable[[int], int]  # q heads per KV head -> L2 budget of the head swizzle
 
 
@@ -59,6 +60,7 @@ UPSTREAM = FA3Rules(
     has_attention_chunk=True,
     forces_pack_gqa=False,
     packs_narrow_windows=False,
+    splits_beyond_992=True,
     l2_bytes=_fixed_l2,
 )
 # SGLang's fork since the package was renamed: adds decode kernels with a single MMA warpgroup.
@@ -74,6 +76,7 @@ SGLANG = FA3Rules(
     has_attention_chunk=True,
     forces_pack_gqa=False,
     packs_narrow_windows=False,
+    splits_beyond_992=True,
     l2_bytes=_fixed_l2,
 )
 # vLLM's fork: batch order, query lengths in place of query blocks, another L2 budget.
@@ -93,6 +96,7 @@ VLLM = FA3Rules(
     has_attention_chunk=False,
     forces_pack_gqa=True,
     packs_narrow_windows=True,
+    splits_beyond_992=False,
     l2_bytes=_l2_shared_by_q_heads,
 )
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .balanced_kernel import balanced_split, fastest_blocks_per_split, group_load, work_of
+from .blocks import cdiv, num_blocks
 from .plan import MAX_DYNAMIC_SPLIT_BATCH
 
 SORT_GROUP = tl.constexpr(MAX_DYNAMIC_SPLIT_BATCH)
@@ -18,87 +20,48 @@ SORT_GROUP = tl.constexpr(MAX_DYNAMIC_SPLIT_BATCH)
 _NUMBERS = [
     "stride_0", "stride_1", "stride_2", "stride_3", "stride_4", "batch_size", "max_seqlen_q", "max_seqlen_k_new",
     "q_heads_per_row", "block_m", "multiplier_m", "block_n", "multiplier_n", "num_splits", "num_heads",
-    "heads_per_l2_head", "max_kvblocks_in_l2", "is_causal", "sms_reciprocal",
+    "heads_per_l2_head", "max_kvblocks_in_l2", "is_causal", "load_factor",
+    "window_left", "attention_chunk", "fixed_blocks", "causal_saving", "tile_cost", "alone_cost", "split_cost",
 ]  # fmt: skip
 _POINTERS = ["out", "table", "cache_seqlens", "cu_seqlens_q", "seqused_q", "cu_seqlens_k_new", "leftpad_k"]
-TABLE_COLUMNS = tl.constexpr(12)
+TABLE_COLUMNS = tl.constexpr(19)
+# How splits are found (SPLITS): not at all, by FA3's rule, or by policy "balanced" in one of three ways.
+ONE_SPLIT, FA3_RULE, SEARCH, LOAD, FIXED = (tl.constexpr(i) for i in range(5))
 
 
 @triton.jit
-def _load(lengths, stride, i, mask):
-    """Elements `i` of a lengths tensor as int32."""
-    return tl.load(lengths + i.to(tl.int64) * stride, mask=mask, other=0).to(tl.int32)
-
-
-@triton.jit
-def _cdiv_tile(tokens, tile, multiplier):
-    """cdiv(tokens, tile) without a division: tiles are 16 e, and multiplier is ceil(2^32 / e)."""
-    sixteens = (tokens + tile - 1).to(tl.uint32) >> 4  # at most 2^27 + 14, for which the product is exact
-    return tl.umulhi(sixteens, multiplier.to(tl.uint32, bitcast=True)).to(tl.int32)
-
-
-@triton.jit
-def _num_blocks(lengths, strides, i, mask, max_seqlen_q, max_seqlen_k_new, q_heads_per_row, tile_m, tile_n):
-    """Query rows, query blocks and key blocks of sequences `i`; zero where `mask` is off."""
-    cache_seqlens, cu_seqlens_q, seqused_q, cu_seqlens_k_new, leftpad_k = lengths
-    if seqused_q is not None:
-        seqlen_q = _load(seqused_q, strides[2], i, mask)
-    elif cu_seqlens_q is not None:
-        seqlen_q = _load(cu_seqlens_q, strides[1], i + 1, mask) - _load(cu_seqlens_q, strides[1], i, mask)
-    else:
-        seqlen_q = tl.where(mask, max_seqlen_q, 0)
-
-    seqlen_k = _load(cache_seqlens, strides[0], i, mask)
-    if leftpad_k is not None:
-        seqlen_k -= _load(leftpad_k, strides[4], i, mask)
-    if cu_seqlens_k_new is not None:
-        new = strides[3]
-        seqlen_k += _load(cu_seqlens_k_new, new, i + 1, mask) - _load(cu_seqlens_k_new, new, i, mask)
-    else:
-        seqlen_k += tl.where(mask, max_seqlen_k_new, 0)
-
-    rows = tl.maximum(seqlen_q, 0) * q_heads_per_row
-    num_m_blocks = _cdiv_tile(rows, tile_m[0], tile_m[1])
-    num_n_blocks = _cdiv_tile(tl.maximum(seqlen_k, 0), tile_n[0], tile_n[1])
-    return rows, num_m_blocks, num_n_blocks
-
-
-@triton.jit
-def _cdiv(a, b):
-    """cdiv(a, b) for a >= 0, b > 0, exact in int32: cheaper than an integer division on a GPU."""
-    a += b - 1
-    inverse = 1.0 / b.to(tl.float32)
-    quotient = (a.to(tl.float32) * inverse).to(tl.int32)  # off by a few in 2^22
-    quotient += ((a - quotient * b).to(tl.float32) * inverse).to(tl.int32)  # off by one at most
-    remainder = a - quotient * b
-    return quotient + (remainder >= b).to(tl.int32) - (remainder < 0).to(tl.int32)
+def _load_float(place):
+    """A float32 kept among int32 numbers."""
+    return tl.load(place).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _split(num_n_blocks, blocks_per_sm, num_splits):
     """Splits of a sequence, and the key blocks of one split."""
     # No blocks per SM means no queries at all: FA3 then divides by zero and ends up with one split.
-    wanted = tl.where(blocks_per_sm > 0, _cdiv(num_n_blocks, tl.maximum(blocks_per_sm, 1)), 1)
+    wanted = tl.where(blocks_per_sm > 0, cdiv(num_n_blocks, tl.maximum(blocks_per_sm, 1)), 1)
     splits = tl.maximum(tl.minimum(wanted, num_splits), 1)
-    return splits, _cdiv(num_n_blocks, splits)
+    return splits, cdiv(num_n_blocks, splits)
 
 
 @triton.jit
 def _write_metadata(
     out, lengths, strides, batch_size, max_seqlen_q, max_seqlen_k_new,
     q_heads_per_row, tile_m, tile_n, num_splits, num_heads, heads_per_l2_head, max_kvblocks_in_l2, is_causal,
-    sms_reciprocal,
+    load_factor, window_left, attention_chunk, fixed_blocks, causal_saving, tile_cost, alone_cost, split_cost,
     SPLITS_ROW: tl.constexpr, M_BLOCKS_ROW: tl.constexpr, SEQLEN_Q_ROW: tl.constexpr, BATCH_IDX_ROW: tl.constexpr,
-    NHEADS_ROW: tl.constexpr, NUM_ROWS: tl.constexpr, HAS_SEMAPHORE: tl.constexpr, DYNAMIC_SPLITS: tl.constexpr,
-    SLICE: tl.constexpr, GROUP: tl.constexpr,
+    NHEADS_ROW: tl.constexpr, NUM_ROWS: tl.constexpr, HAS_SEMAPHORE: tl.constexpr, SPLITS: tl.constexpr,
+    WINDOW: tl.constexpr, SLICE: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Program (x, y) writes the metadata of slice x of group y; the first one the semaphore too.
 
     `out` is int32, laid out by the ..._ROW constants (the place of each row; -1: not in this layout). `lengths` are
     pointers to cache_seqlens, cu_seqlens_q, seqused_q, cu_seqlens_k_new and leftpad_k, int32, int64 or None, and
-    `strides` theirs in elements. `tile_m`, `tile_n`: kBlockM and kBlockN, each with its multiplier for _cdiv_tile.
-    `sms_reciprocal`: float32, approximate as in reciprocal.py. A program writes SLICE sequences and looks at the
-    GROUP of at most 992 that they are sorted in; both are powers of two.
+    `strides` theirs in elements. `tile_m`, `tile_n`: kBlockM and kBlockN, each with its multiplier (blocks.cdiv_tile).
+    `load_factor`: float32, makes the load of an SM of the total; for FA3's rule approximate as in reciprocal.py. What
+    follows it is for policy "balanced" (balance.py), as is WINDOW, with which only blocks in the window count.
+    A program writes SLICE sequences and looks at the GROUP of at most 992 that they are sorted in; both are powers
+    of two.
     """
     group_start = tl.program_id(1) * SORT_GROUP
     group_end = tl.minimum(group_start + SORT_GROUP, batch_size)
@@ -110,18 +73,31 @@ def _write_metadata(
     in_group = j < group_end
 
     # lengths -> blocks
-    rows, num_m, num_n = _num_blocks(lengths, strides, i, mine, max_seqlen_q, max_seqlen_k_new,
-                                     q_heads_per_row, tile_m, tile_n)  # fmt: skip
-    _, group_m, group_n = _num_blocks(lengths, strides, j, in_group, max_seqlen_q, max_seqlen_k_new,
-                                      q_heads_per_row, tile_m, tile_n)  # fmt: skip
+    shape = (max_seqlen_q, max_seqlen_k_new, q_heads_per_row, tile_m, tile_n, window_left, attention_chunk)
+    rows, num_m, num_n = num_blocks(lengths, strides, i, mine, shape, WINDOW)
+    _, group_m, group_n = num_blocks(lengths, strides, j, in_group, shape, WINDOW)
 
     # blocks -> total -> splits. FA3's order of rounding: each product to float32, a 10 % margin.
     splits = tl.full((SLICE,), 1, tl.int32)
-    if DYNAMIC_SPLITS:
+    if SPLITS == FA3_RULE:
         total = tl.sum(group_m * group_n)
-        blocks_per_sm = tl.ceil(total.to(tl.float32) * 1.1 * num_heads.to(tl.float32) * sms_reciprocal).to(tl.int32)
+        blocks_per_sm = tl.ceil(total.to(tl.float32) * 1.1 * num_heads.to(tl.float32) * load_factor).to(tl.int32)
         splits, num_n = _split(num_n, blocks_per_sm, num_splits)
         _, group_n = _split(group_n, blocks_per_sm, num_splits)
+    elif SPLITS != ONE_SPLIT:
+        blocks_per_split = fixed_blocks
+        if SPLITS == SEARCH:
+            column = group_start + tl.arange(0, GROUP)[:, None]  # read again in another layout, to spare an exchange
+            _, column_m, column_n = num_blocks(lengths, strides, column, column < group_end, shape, WINDOW)
+            blocks_per_split = fastest_blocks_per_split(
+                work_of(group_m, group_n, causal_saving), group_n, column_m, column_n, causal_saving, load_factor,
+                num_splits, num_heads, tile_cost, alone_cost, split_cost,
+            )  # fmt: skip
+        if SPLITS == LOAD:
+            work = tl.sum(work_of(group_m, group_n, causal_saving))
+            blocks_per_split = group_load(work, group_start, group_end, batch_size, num_heads, load_factor)
+        splits, num_n = balanced_split(num_n, blocks_per_split, num_splits)
+        _, group_n = balanced_split(group_n, blocks_per_split, num_splits)
 
     # splits -> order: falling key, ties in batch order.
     position = i
@@ -161,7 +137,8 @@ def prepare_varlen_num_blocks_kernel(
     out, cache_seqlens, cu_seqlens_q, seqused_q, cu_seqlens_k_new, leftpad_k,
     stride_0, stride_1, stride_2, stride_3, stride_4, batch_size, max_seqlen_q, max_seqlen_k_new,
     q_heads_per_row, block_m, multiplier_m, block_n, multiplier_n, num_splits, num_heads, heads_per_l2_head,
-    max_kvblocks_in_l2, is_causal, sms_reciprocal,
+    max_kvblocks_in_l2, is_causal, load_factor, window_left, attention_chunk, fixed_blocks, causal_saving,
+    tile_cost, alone_cost, split_cost,
     LAYOUT: tl.constexpr, CONTIGUOUS: tl.constexpr, SLICE: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """The metadata of one batch. LAYOUT: see launch.layout_constants."""
@@ -170,8 +147,9 @@ def prepare_varlen_num_blocks_kernel(
     _write_metadata(
         out, lengths, strides, batch_size, max_seqlen_q, max_seqlen_k_new,
         q_heads_per_row, (block_m, multiplier_m), (block_n, multiplier_n), num_splits, num_heads, heads_per_l2_head,
-        max_kvblocks_in_l2, is_causal, sms_reciprocal,
-        LAYOUT[0], LAYOUT[1], LAYOUT[2], LAYOUT[3], LAYOUT[4], LAYOUT[5], LAYOUT[6], LAYOUT[7], SLICE, GROUP,
+        max_kvblocks_in_l2, is_causal, load_factor, window_left, attention_chunk, fixed_blocks, causal_saving,
+        tile_cost, alone_cost, split_cost,
+        LAYOUT[0], LAYOUT[1], LAYOUT[2], LAYOUT[3], LAYOUT[4], LAYOUT[5], LAYOUT[6], LAYOUT[7], LAYOUT[8], SLICE, GROUP,
     )  # fmt: skip
 
 
@@ -190,15 +168,16 @@ def prepare_layer_groups_kernel(
     row = table + tl.program_id(2) * TABLE_COLUMNS
     tile_m = (tl.load(row + 1), tl.load(row + 2))
     tile_n = (tl.load(row + 3), tl.load(row + 4))
-    sms_reciprocal = tl.load(row + 10).to(tl.float32, bitcast=True)
     for z in tl.static_range(len(LAYOUTS)):
         if tl.program_id(2) == z:
             _write_metadata(
-                out + tl.load(row + 11), lengths, strides, batch_size, max_seqlen_q, max_seqlen_k_new,
+                out + tl.load(row + 18), lengths, strides, batch_size, max_seqlen_q, max_seqlen_k_new,
                 tl.load(row), tile_m, tile_n, tl.load(row + 5), tl.load(row + 6), tl.load(row + 7),
-                tl.load(row + 8), tl.load(row + 9), sms_reciprocal,
+                tl.load(row + 8), tl.load(row + 9), _load_float(row + 10), tl.load(row + 11),
+                tl.load(row + 12), tl.load(row + 13), _load_float(row + 14), _load_float(row + 15),
+                _load_float(row + 16), _load_float(row + 17),
                 LAYOUTS[z][0], LAYOUTS[z][1], LAYOUTS[z][2], LAYOUTS[z][3], LAYOUTS[z][4], LAYOUTS[z][5],
-                LAYOUTS[z][6], LAYOUTS[z][7], SLICE, GROUP,
+                LAYOUTS[z][6], LAYOUTS[z][7], LAYOUTS[z][8], SLICE, GROUP,
             )  # fmt: skip
 
 

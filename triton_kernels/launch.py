@@ -15,6 +15,7 @@ import torch
 import triton
 
 from . import kernel
+from .balance import Costs
 from .kernel import TABLE_COLUMNS, prepare_layer_groups_kernel, prepare_varlen_num_blocks_kernel
 from .layout import padded
 from .plan import MAX_DYNAMIC_SPLIT_BATCH, LaunchPlan
@@ -24,6 +25,7 @@ from .reciprocal import approximate_reciprocal
 INTERPRETED = kernel.INTERPRETED
 # cache_seqlens, cu_seqlens_q, seqused_q, cu_seqlens_k_new, leftpad_k: 1-D, int32 or int64, any stride; or None
 LengthPointers = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+_NO_COSTS = Costs(0.0, 0.0, 0.0)
 _UNIT_STRIDES = (1, 1, 1, 1, 1)
 _ROWS = ("num_splits_dynamic", "num_m_blocks", "packed_seqlen_q", "varlen_batch_idx", "num_nheads_in_l2")
 # GROUP -> (SLICE, num_warps), where the order is counted: measured on an H200. Small slices make many programs.
@@ -50,9 +52,12 @@ class Launch:
 
     def __init__(
         self, function: Any, grid: tuple[int, int, int], numbers: tuple[Any, ...], constants: dict[str, Any],
-        num_warps: int,
+        num_warps: int, balanced: bool,
     ) -> None:  # fmt: skip
-        self._function, self._grid, self._num_warps = function, grid, num_warps
+        self._function, self._grid = function, grid
+        self._options = {"num_warps": num_warps}
+        if balanced:  # the NumPy model rounds after every operation
+            self._options["enable_fp_fusion"] = False
         self._numbers, self._constants = numbers, constants
         self._compiled: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 
@@ -68,7 +73,7 @@ class Launch:
         if (compiled := self._compiled.get(key)) is None:
             constants = self._constants | {"CONTIGUOUS": contiguous}  # in the order of the kernel's parameters
             made = self._function[self._grid](
-                *pointers, *lengths, *strides, *self._numbers, **constants, num_warps=self._num_warps
+                *pointers, *lengths, *strides, *self._numbers, **constants, **self._options
             )
             if hasattr(made, "run"):  # not in the interpreter
                 tail = (*self._numbers, *constants.values())
@@ -89,12 +94,16 @@ def metadata_launch(problem: Problem, plan: LaunchPlan) -> Launch:
     """
     batch_size = plan.layout.batch_size
     slice_, group, num_warps = launch_shape(batch_size, plan.layout.is_sorted, plan.dynamic_splits)
-    numbers = (
-        batch_size, problem.max_seqlen_q, problem.max_seqlen_k_new, *_numbers(plan),
-        float(approximate_reciprocal(plan.num_sms)),
-    )  # fmt: skip
+    numbers = (batch_size, problem.max_seqlen_q, problem.max_seqlen_k_new, *_numbers(plan))
     constants = {"LAYOUT": layout_constants(plan), "CONTIGUOUS": None, "SLICE": slice_, "GROUP": group}
-    return Launch(prepare_varlen_num_blocks_kernel, _grid(batch_size, slice_, 1), numbers, constants, num_warps)
+    return Launch(
+        prepare_varlen_num_blocks_kernel,
+        _grid(batch_size, slice_, 1),
+        numbers,
+        constants,
+        num_warps,
+        plan.costs is not None,
+    )
 
 
 def layer_groups_launch(problem: Problem, plans: Sequence[LaunchPlan]) -> Launch:
@@ -108,15 +117,19 @@ def layer_groups_launch(problem: Problem, plans: Sequence[LaunchPlan]) -> Launch
     numbers = (batch_size, problem.max_seqlen_q, problem.max_seqlen_k_new)
     layouts = tuple(map(layout_constants, plans))
     constants = {"LAYOUTS": layouts, "CONTIGUOUS": None, "SLICE": slice_, "GROUP": group}
-    return Launch(prepare_layer_groups_kernel, _grid(batch_size, slice_, len(plans)), numbers, constants, num_warps)
+    return Launch(
+        prepare_layer_groups_kernel,
+        _grid(batch_size, slice_, len(plans)),
+        numbers,
+        constants,
+        num_warps,
+        any(plan.costs is not None for plan in plans),
+    )
 
 
 def layer_groups_table(plans: Sequence[LaunchPlan], starts: Sequence[int]) -> torch.Tensor:
     """[len(plans), TABLE_COLUMNS] int32 on the CPU: the numbers of each plan, and the start of its metadata."""
-    reciprocals = (struct.unpack("<i", struct.pack("<f", approximate_reciprocal(plan.num_sms)))[0] for plan in plans)
-    rows = [
-        [*_numbers(plan), reciprocal, start] for plan, reciprocal, start in zip(plans, reciprocals, starts, strict=True)
-    ]
+    rows = [[*map(_bits, _numbers(plan)), start] for plan, start in zip(plans, starts, strict=True)]
     assert all(len(row) == TABLE_COLUMNS.value for row in rows)
     return torch.tensor(rows, dtype=torch.int32)
 
@@ -138,22 +151,46 @@ def _grid(batch_size: int, slice_: int, layer_groups: int) -> tuple[int, int, in
     return slices or 1, triton.cdiv(batch_size, MAX_DYNAMIC_SPLIT_BATCH) or 1, layer_groups
 
 
-def _numbers(plan: LaunchPlan) -> tuple[int, ...]:
-    """The kernels' arguments from q_heads_per_row to is_causal."""
+def _numbers(plan: LaunchPlan) -> tuple[int | float, ...]:
+    """The kernels' arguments from q_heads_per_row to split_cost."""
+    costs = plan.costs or _NO_COSTS
+    share = approximate_reciprocal(plan.num_sms) if plan.costs is None else plan.share_of_load
     return (
         plan.q_heads_per_row, plan.block_m, _multiplier(plan.block_m), plan.block_n, _multiplier(plan.block_n),
         plan.num_splits, plan.num_heads, plan.heads_per_l2_head, plan.max_kvblocks_in_l2, int(plan.is_causal),
+        float(share), plan.window_size[0], plan.attention_chunk, costs.fixed_blocks, plan.causal_saving,
+        costs.tile, costs.alone, costs.per_split,
     )  # fmt: skip
 
 
+def _bits(number: int | float) -> int:
+    """An int32 as it is, a float32 by its bits."""
+    bits: int = struct.unpack("<i", struct.pack("<f", number))[0] if isinstance(number, float) else number
+    return bits
+
+
 def _multiplier(tile: int) -> int:
-    """What kernel._cdiv_tile multiplies with, as an int32 bit pattern."""
+    """What blocks.cdiv_tile multiplies with, as an int32 bit pattern."""
     multiplier = -(-(2**32) // (tile // 16))
     return multiplier - 2**32 if multiplier >= 2**31 else multiplier
 
 
 def layout_constants(plan: LaunchPlan) -> tuple[Any, ...]:
-    """Place of each of _ROWS or -1, number of rows, whether there is a semaphore, whether there are splits."""
+    """Place of each of _ROWS or -1, number of rows, whether there is a semaphore, how splits are found, WINDOW."""
     names = plan.layout.row_names
     places = (names.index(row) if row in names else -1 for row in _ROWS)
-    return (*places, len(names), plan.layout.has_semaphore, plan.dynamic_splits)
+    window = plan.costs is not None and plan.is_local
+    return (*places, len(names), plan.layout.has_semaphore, _splits_constant(plan), window)
+
+
+def _splits_constant(plan: LaunchPlan) -> int:
+    way = kernel.SEARCH
+    if not plan.dynamic_splits:
+        way = kernel.ONE_SPLIT
+    elif plan.costs is None:
+        way = kernel.FA3_RULE
+    elif plan.costs.fixed_blocks:
+        way = kernel.FIXED
+    elif plan.layout.batch_size > MAX_DYNAMIC_SPLIT_BATCH:
+        way = kernel.LOAD
+    return int(way.value)

@@ -30,11 +30,14 @@ class MetadataLayout:
     of four (FA3 leaves the padding unwritten, and reads none of it). Where the batch is sorted, rows are indexed by
     sorted position (`varlen_batch_idx` says which sequence that is), otherwise by sequence. The semaphore, a single
     zero that FA3's tile scheduler counts with, follows the last row; FA3 has none on sm_8x without splits.
+    `num_splits` and `pack_gqa` are what the metadata is made with: give the forward the same.
     """
 
     batch_size: int
     row_names: tuple[str, ...]
     has_semaphore: bool
+    num_splits: int = 1
+    pack_gqa: bool = False
 
     @property
     def row_stride(self) -> int:

@@ -12,12 +12,14 @@ from functools import lru_cache
 
 import numpy as np
 
+from .balance import Costs, balanced_num_splits, costs_of
 from .builds import MIB, FA3Rules, unsupported_reason
 from .layout import MetadataLayout
 from .problem import Problem
 from .tiles import find_tile
 
 MAX_DYNAMIC_SPLIT_BATCH = 992  # above it FA3 stops splitting; also the size of a sorting group
+MAX_BALANCED_M_BLOCKS = 8  # with more query blocks a call is a prefill, which FA3's rule serves
 _L2_BYTES_FOR_SPLITS = 50 * MIB
 _MAX_HEURISTIC_SPLITS = 128
 
@@ -42,12 +44,20 @@ class LaunchPlan:
     q_heads_per_row: int  # rows a query token gives a tile: q heads per KV head when packed, else 1
     heads_per_l2_head: int  # scheduler heads that share a KV head: 1 when packed
     max_kvblocks_in_l2: int
+    dynamic_splits: bool  # sequences get splits of their own; otherwise every one has a single split
+    costs: Costs | None  # policy "balanced"; None: FA3's rule
+    attention_chunk: int  # in tokens; 0: none
     layout: MetadataLayout
 
     @property
-    def dynamic_splits(self) -> bool:
-        """Whether sequences get splits of their own; otherwise every one has a single split."""
-        return self.num_splits > 1 and self.layout.batch_size <= MAX_DYNAMIC_SPLIT_BATCH
+    def share_of_load(self) -> float:
+        """What the total is multiplied with to get the load of an SM, for policy "balanced"."""
+        return float(np.float32(1 / self.num_sms))
+
+    @property
+    def causal_saving(self) -> float:
+        """Key blocks that a pair of query blocks saves by causality, for each of the pair."""
+        return float(np.float32(0.5 * self.block_m / (self.q_heads_per_row * self.block_n))) if self.is_causal else 0.0
 
 
 @lru_cache(maxsize=4096)
@@ -78,18 +88,26 @@ def make_plan(problem: Problem, rules: FA3Rules) -> LaunchPlan:
     # sm_8x picks its tile by whether there are splits, and the number of splits by the tile: FA3 breaks
     # the circle by counting blocks as if there were.
     block_m, block_n = _tile(p, rules, flags | {"split"})
+    balanced = p.policy == "balanced" and p.max_seqlen_q * group <= MAX_BALANCED_M_BLOCKS * block_m
     if p.num_splits:
         num_splits, splits_reason = p.num_splits, "given"
     else:
         num_splits, splits_reason = _resolve_num_splits(p, num_sms, block_m, block_n, is_causal, is_local, window)
+        if balanced:
+            tiles = p.num_heads_k * -(-p.max_seqlen_q * group // block_m)
+            num_n_blocks = -(-_keys_read(p, block_m, is_local, window) // block_n)
+            num_splits = balanced_num_splits(p, tiles, num_n_blocks, num_sms, num_splits)
+            splits_reason = "what may pay, within max_partial_bytes"
     block_m, block_n = _tile(p, rules, flags | ({"split"} if num_splits > 1 else set()))
     pack_gqa, pack_reason = _resolve_pack_gqa(p, rules, block_m, num_splits, paged and not paged_kv_tma, is_local)
 
+    beyond = balanced and rules.splits_beyond_992
+    dynamic_splits = num_splits > 1 and (p.batch_size <= MAX_DYNAMIC_SPLIT_BATCH or beyond)
     conditions = {
         "always": True,
         "sort": rules.sorts_batches and not is_local,
         "swizzle": is_causal or is_local,
-        "dynamic_splits": num_splits > 1 and p.batch_size <= MAX_DYNAMIC_SPLIT_BATCH,
+        "dynamic_splits": dynamic_splits,
     }
     kv_block_bytes = block_n * (p.headdim + p.value_headdim) * p.element_size
     return LaunchPlan(
@@ -109,10 +127,15 @@ def make_plan(problem: Problem, rules: FA3Rules) -> LaunchPlan:
         q_heads_per_row=group if pack_gqa else 1,
         heads_per_l2_head=1 if pack_gqa else group,
         max_kvblocks_in_l2=rules.l2_bytes(group) // kv_block_bytes,
+        dynamic_splits=dynamic_splits,
+        costs=costs_of(p, _compiled_kernel(p, block_m, block_n)) if balanced else None,
+        attention_chunk=p.attention_chunk,
         layout=MetadataLayout(
             batch_size=p.batch_size,
             row_names=tuple(row for row, when in rules.rows if conditions[when]),
             has_semaphore=p.arch >= 90 or num_splits > 1,
+            num_splits=num_splits,
+            pack_gqa=pack_gqa,
         ),
     )
 
@@ -153,6 +176,10 @@ def _round_headdim(headdim: int) -> int:
     return next(rounded for rounded in (64, 96, 128, 192, 256, 512) if headdim <= rounded)
 
 
+def _compiled_kernel(p: Problem, block_m: int, block_n: int) -> tuple[int, int, int, int, int]:
+    return p.element_size, _round_headdim(p.headdim), _round_headdim(p.value_headdim), block_m, block_n
+
+
 def _tile_flags(p: Problem, is_causal: bool, is_local: bool, uses_one_wg: bool) -> frozenset[str]:
     rounded_v = _round_headdim(p.value_headdim)
     holds = {
@@ -179,9 +206,7 @@ def _resolve_num_splits(
     p: Problem, num_sms: int, block_m: int, block_n: int, is_causal: bool, is_local: bool, window: tuple[int, int]
 ) -> tuple[int, str]:
     """FA3's upper bound on splits, and why: as if the batch were one sequence of the largest length."""
-    loaded = p.max_seqlen_k
-    if is_local:
-        loaded = max(0, min(loaded, sum(window) + 1 + block_m))
+    loaded = _keys_read(p, block_m, is_local, window)
     num_m_blocks = -(-p.max_seqlen_q * p.q_heads_per_kv_head // block_m)
     num_n_blocks = -(-loaded // block_n)
     total_m_blocks = p.num_heads_k * num_m_blocks
@@ -196,6 +221,11 @@ def _resolve_num_splits(
         return 1, f"at most {num_n_blocks} key blocks are not worth splitting"
     splits = _most_efficient_splits(total_m_blocks, num_sms, min(_MAX_HEURISTIC_SPLITS, num_sms, num_n_blocks))
     return splits, f"smallest number within 85 % of the best wave efficiency of {total_m_blocks} tiles on {num_sms} SMs"
+
+
+def _keys_read(p: Problem, block_m: int, is_local: bool, window: tuple[int, int]) -> int:
+    """Keys that a query block of the longest sequence reads at most, as FA3 estimates them."""
+    return max(0, min(p.max_seqlen_k, sum(window) + 1 + block_m)) if is_local else p.max_seqlen_k
 
 
 @lru_cache(maxsize=4096)

@@ -9,6 +9,9 @@ from typing import SupportsIndex
 ELEMENT_SIZE = {"float16": 2, "bfloat16": 2, "float8_e4m3fn": 1}  # bytes
 MAX_HEADDIM, MAX_HEADDIM_V, MAX_NUM_SPLITS, MAX_NUM_SMS = 256, 512, 256, 1024
 ARCHS = (80, 86, 89, 90)
+POLICIES = ("fa3", "balanced")
+DEFAULT_GPU = "NVIDIA H200"
+DEFAULT_PARTIAL_BYTES = 256 * 1024 * 1024
 _INT32_MAX = 2**31 - 1
 
 
@@ -66,14 +69,22 @@ class Problem:
     sm_margin: int = 0  # SMs left to other kernels
     arch: int = 90  # compute capability, major * 10 + minor
     num_sms: int = 132  # SMs on the device, before sm_margin
+    policy: str = "fa3"  # one of POLICIES
+    batch_invariant: bool = False  # "balanced": the splits of a sequence depend on its own length alone
+    max_partial_bytes: int = DEFAULT_PARTIAL_BYTES  # "balanced": of the forward's partial outputs
+    gpu: str = DEFAULT_GPU  # "balanced": the name whose measured constants are used
 
     def __post_init__(self) -> None:
         if self.qkv_dtype not in ELEMENT_SIZE:
             raise TypeError(f"qkv_dtype must be one of {', '.join(ELEMENT_SIZE)}, got {self.qkv_dtype!r}")
         for name, low, high in _INTEGER_FIELDS:
             object.__setattr__(self, name, checked_int(name, getattr(self, name), low, high))
-        for name in ("has_cu_seqlens_q", "has_seqused_q", "has_leftpad_k", "causal", "has_softcap"):
+        for name in ("has_cu_seqlens_q", "has_seqused_q", "has_leftpad_k", "causal", "has_softcap", "batch_invariant"):
             checked_bool(name, getattr(self, name))
+        checked_choice("policy", self.policy, POLICIES)
+        checked_int("max_partial_bytes", self.max_partial_bytes, 0, 2**63 - 1)
+        if self.batch_invariant and self.policy != "balanced":
+            raise ValueError(f'batch_invariant needs policy "balanced", got {self.policy!r}')
         if self.headdim_v is None:
             object.__setattr__(self, "headdim_v", self.headdim)
         checked_int("headdim_v", self.value_headdim, 1, MAX_HEADDIM_V)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from .balance import NUM_CANDIDATES, Costs
 from .plan import MAX_DYNAMIC_SPLIT_BATCH, LaunchPlan
 from .problem import Problem
 from .reciprocal import approximate_reciprocal
@@ -31,24 +32,34 @@ class Lengths:
 
 def reference_metadata(problem: Problem, plan: LaunchPlan, lengths: Lengths) -> Ints:
     """The metadata as an int32 array of `plan.layout.size` elements; padding is zero."""
-    seqlen_q, seqlen_k = sequence_lengths(problem, lengths)
-    seqlen_q = seqlen_q * np.int32(plan.q_heads_per_row)
-    num_m_blocks = _ceil_div(seqlen_q, plan.block_m)
-    num_n_blocks = _ceil_div(seqlen_k, plan.block_n)
-
+    rows, num_m_blocks, num_n_blocks = sequence_blocks(problem, plan, lengths)
     num_splits = np.ones_like(num_n_blocks)
-    if plan.dynamic_splits:
+    if plan.costs is not None:
+        num_n_blocks = blocks_read(problem, plan, lengths)
+    if plan.dynamic_splits and plan.costs is None:
         num_splits = _split(plan, num_m_blocks, num_n_blocks)
-        num_n_blocks = _ceil_div(num_n_blocks, num_splits)
+    elif plan.dynamic_splits:
+        num_splits = split_balanced(plan, num_m_blocks, num_n_blocks)
+    return metadata_of_splits(plan, rows, num_m_blocks, num_n_blocks, num_splits)
 
-    order = np.arange(problem.batch_size, dtype=np.int32)
+
+def sequence_blocks(problem: Problem, plan: LaunchPlan, lengths: Lengths) -> tuple[Ints, Ints, Ints]:
+    """Query rows, query blocks and key blocks of every sequence."""
+    seqlen_q, seqlen_k = sequence_lengths(problem, lengths)
+    rows = seqlen_q * np.int32(plan.q_heads_per_row)
+    return rows, _ceil_div(rows, plan.block_m), _ceil_div(seqlen_k, plan.block_n)
+
+
+def metadata_of_splits(plan: LaunchPlan, rows: Ints, num_m_blocks: Ints, num_n_blocks: Ints, num_splits: Ints) -> Ints:
+    """The metadata of sequences whose splits are known. No split may be over `plan.num_splits`."""
+    num_n_blocks = _ceil_div(num_n_blocks, num_splits)
+    order = np.arange(len(num_splits), dtype=np.int32)
     if plan.layout.is_sorted:
         order = _longest_first(plan, num_m_blocks, num_n_blocks)
-
     values = {
         "num_splits_dynamic": num_splits[order],
         "num_m_blocks": num_m_blocks[order],
-        "packed_seqlen_q": seqlen_q[order],
+        "packed_seqlen_q": rows[order],
         "varlen_batch_idx": order,
         "num_nheads_in_l2": _num_nheads_in_l2(plan, num_n_blocks)[order],
     }
@@ -56,6 +67,22 @@ def reference_metadata(problem: Problem, plan: LaunchPlan, lengths: Lengths) -> 
     for name, row in plan.layout.rows.items():
         metadata[row] = values[name]
     return metadata
+
+
+def blocks_read(problem: Problem, plan: LaunchPlan, lengths: Lengths) -> Ints:
+    """Key blocks that the last query block of every sequence reads: those that the forward splits."""
+    seqlen_q, seqlen_k = sequence_lengths(problem, lengths)
+    num_n_blocks = _ceil_div(seqlen_k, plan.block_n)
+    if not plan.is_local:
+        return num_n_blocks
+    num_m_blocks = _ceil_div(seqlen_q * np.int32(plan.q_heads_per_row), plan.block_m)
+    first_row = np.maximum(num_m_blocks - 1, 0) * np.int32(plan.block_m) // np.int32(plan.q_heads_per_row)
+    at = first_row + seqlen_k - seqlen_q  # the key of that row itself
+    first_key = at - np.int32(plan.window_size[0])
+    if plan.attention_chunk:
+        first_key = np.maximum(first_key, at - at % np.int32(plan.attention_chunk))
+    first_block = np.maximum(first_key, 0) // np.int32(plan.block_n)
+    return np.maximum(num_n_blocks - first_block, 0)
 
 
 def sequence_lengths(problem: Problem, lengths: Lengths) -> tuple[Ints, Ints]:
@@ -85,6 +112,105 @@ def _split(plan: LaunchPlan, num_m_blocks: Ints, num_n_blocks: Ints) -> Ints:
         return np.ones_like(num_n_blocks)
     wanted = (num_n_blocks + blocks_per_sm - np.int32(1)) // blocks_per_sm
     return np.maximum(np.minimum(wanted, np.int32(plan.num_splits)), np.int32(1))
+
+
+def split_balanced(plan: LaunchPlan, num_m_blocks: Ints, blocks: Ints) -> Ints:
+    """KV splits of every sequence: none longer than the number of key blocks predicted to be fastest."""
+    assert plan.costs is not None
+    if plan.costs.fixed_blocks:
+        blocks_per_split: Ints | np.int32 = np.int32(plan.costs.fixed_blocks)
+    elif len(blocks) > MAX_DYNAMIC_SPLIT_BATCH:
+        blocks_per_split = _group_load(plan, num_m_blocks, blocks)
+    else:
+        blocks_per_split = _fastest_blocks_per_split(plan, num_m_blocks, blocks)
+    return np.clip(_ceil_div(blocks, blocks_per_split), 1, plan.num_splits).astype(np.int32)
+
+
+def _work(plan: LaunchPlan, num_m_blocks: Ints, blocks: Ints) -> Ints:
+    """Key blocks read by all query blocks of a sequence. Earlier query blocks of a causal call read fewer."""
+    work = num_m_blocks * blocks
+    if plan.is_causal:
+        pairs = (num_m_blocks * (num_m_blocks - 1)).astype(np.float32)
+        work = np.maximum(work - (pairs * np.float32(plan.causal_saving)).astype(np.int32), 0)
+    return work
+
+
+def _load(plan: LaunchPlan, work: Ints) -> np.float32:
+    """Key blocks for each SM."""
+    total = np.sum(work, dtype=np.int32)
+    return np.float32(np.float32(total) * np.float32(plan.num_heads) * np.float32(plan.share_of_load))
+
+
+def _group_load(plan: LaunchPlan, num_m_blocks: Ints, blocks: Ints) -> Ints:
+    """Key blocks of a split above 992 sequences, for each of them: the load of an SM, guessed from its own group.
+
+    There are tiles enough to fill the SMs in any order. But the groups come one after another, each longest first,
+    so the splits of later ones are smaller: an SM that starts one of them last must not keep all others waiting.
+    """
+    f32, work, batch = np.float32, _work(plan, num_m_blocks, blocks), len(blocks)
+    found = np.ones_like(blocks)
+    for start in range(0, batch, MAX_DYNAMIC_SPLIT_BATCH):
+        group = slice(start, min(start + MAX_DYNAMIC_SPLIT_BATCH, batch))
+        margin = f32(1.15) - f32(0.65) * (f32(start) / f32(batch))
+        load = _load(plan, work[group]) * (f32(batch) / f32(group.stop - start))
+        found[group] = max(np.int32(np.ceil(load * margin)), np.int32(1))
+    return found
+
+
+def _fastest_blocks_per_split(plan: LaunchPlan, num_m_blocks: Ints, blocks: Ints) -> np.int32:
+    """Of a few candidates, the number of key blocks a split for which balance.py's model predicts the least time.
+
+    Work tiles of more than half a split are "big": the SMs do them first, in waves, since longer ones come first.
+    What the last wave leaves idle is filled by the small ones, or stays idle.
+    """
+    costs, f32, i32 = plan.costs, np.float32, np.int32
+    assert costs is not None
+    longest, work = i32(max(blocks.max(initial=0), 1)), _work(plan, num_m_blocks, blocks)
+    heads, share, load = f32(plan.num_heads), f32(plan.share_of_load), _load(plan, work)
+    candidates = _candidates(plan, load, longest)
+    tile, size = f32(costs.tile), candidates.astype(f32)
+    longest_tile = size + tile
+    reciprocal = f32(1) / (size * longest_tile)  # one division for two
+    inverse = longest_tile * reciprocal
+
+    # As the kernel rounds: to the nearest of a little less than half more, by the mantissa of a large number.
+    wanted = blocks[:, None].astype(f32) * inverse + f32(0.4995) + f32(2**23)
+    tiles = num_m_blocks[:, None] * np.maximum((wanted - f32(2**23)).astype(i32), 1)
+    big = 2 * blocks[:, None] > candidates
+    all_tiles = np.sum(tiles, axis=0, dtype=i32).astype(f32) * heads
+    big_tiles = np.sum(tiles * big, axis=0, dtype=i32).astype(f32) * heads
+    big_blocks = np.sum(work[:, None] * big, axis=0, dtype=i32).astype(f32) * heads
+
+    average = load + tile * all_tiles * share  # cost of an SM's tiles
+    big_cost = np.maximum(big_blocks + tile * big_tiles, f32(1e-6))
+    big_tiles = np.maximum(big_tiles, f32(1))
+    quotient = f32(1) / (big_tiles * big_cost)
+    big_tile = big_cost * big_cost * quotient  # its mean cost
+    full_waves = np.floor((big_tiles - f32(0.5)) * share)
+    filled = average * (big_tiles * big_tiles * quotient) - full_waves  # of the SMs in the last wave, small tiles too
+    waves = big_tile * (full_waves + _block_cost(costs, np.minimum(filled, f32(1))))
+    time = np.where(filled >= 1, average, waves)
+    busy = np.minimum(average * (size * reciprocal), f32(1))
+    time = np.maximum(time, longest_tile * _block_cost(costs, busy))
+    time = time + f32(longest) * inverse * f32(costs.per_split)
+    time = np.where(np.arange(NUM_CANDIDATES) == 0, time, time * f32(1.01))  # leave FA3's rule only for a gain
+    return candidates[np.argmin(time.view(i32) // NUM_CANDIDATES)]  # but for the last bits, as the kernel does
+
+
+def _candidates(plan: LaunchPlan, load: np.float32, longest: np.int32) -> Ints:
+    """Key blocks of a split: FA3's choice, and others around the load of an SM."""
+    k = np.arange(NUM_CANDIDATES, dtype=np.int32)
+    spread = ((4 + (k & 3)) << (k >> 2)).astype(np.float32) * np.float32(0.125)  # 0.5 to 1.75
+    candidates = 1 + k + (load * spread).astype(np.int32)
+    candidates[0] = np.int32(np.ceil(load * np.float32(1.1)))
+    at_least = -(-longest // np.int32(plan.num_splits))
+    return np.maximum(np.minimum(candidates, longest), at_least).astype(np.int32)
+
+
+def _block_cost(costs: Costs, busy: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Cost of a key block while a share `busy` of the SMs works."""
+    alone = np.float32(costs.alone)
+    return alone + (np.float32(1) - alone) * (busy * busy * busy)
 
 
 def _longest_first(plan: LaunchPlan, num_m_blocks: Ints, num_n_blocks: Ints) -> Ints:

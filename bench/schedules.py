@@ -1,0 +1,250 @@
+"""Judge of schedules: one layer's attention over named workloads, by FA3's schedule, by ours and by the best uniform one.
+
+    python -m bench schedules
+
+Each workload is measured as FA3 without metadata (it makes its own in every layer), with FA3's metadata, with policy
+"balanced", and with every uniform number of key blocks per split; the best of those is the oracle. All are captured
+into CUDA graphs of 12 layers with pages of their own, replayed in turns, with L2 overwritten before each replay
+outside the timed region. The timed region is a replay; the metadata is made outside of it except in the first case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import pathlib
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import fa3_metadata
+import numpy as np
+import torch
+from fa3_metadata.api import plan_call
+from fa3_metadata.providers import load_forward
+from fa3_metadata.triton_kernels.plan import LaunchPlan, make_plan
+from fa3_metadata.triton_kernels.reference import Lengths, blocks_read, metadata_of_splits, sequence_blocks
+
+from .workloads import SUITE, Workload
+
+PAGE, LAYERS = 64, 12
+POOL_BYTES = 300 << 20  # of KV that layers take turns in: well over L2
+PARTIAL_BYTES = 1 << 30  # the oracle's partial outputs are kept below
+PEAK_GB_S = 4800  # of an H200's memory, by its datasheet
+TOLERANCE = {"bfloat16": 0.02, "float8_e4m3fn": 0.05}  # relative, of the norm
+
+
+@dataclass
+class Result:
+    workload: Workload
+    times: dict[str, list[float]]  # us a layer; "none", "fa3", "balanced" or key blocks per split
+    blocks_per_split: dict[str, int]  # of the sequence with the longest splits
+    num_splits: dict[str, int]
+    floor: float  # us to read the KV once at the memory's peak bandwidth
+
+    def median(self, variant: str) -> float:
+        return statistics.median(self.times[variant])
+
+    @property
+    def oracle(self) -> str:
+        return min((name for name in self.times if name.isdigit()), key=self.median)
+
+    def ratio(self, variant: str) -> float:
+        """How much faster "balanced" is."""
+        return self.median(variant) / self.median("balanced")
+
+
+class Layers:
+    """The KV caches, page tables and queries of a workload's layers."""
+
+    def __init__(self, w: Workload) -> None:
+        dtype, page_counts = getattr(torch, w.dtype), [max(1, -(-n // PAGE)) for n in w.lengths]
+        headdim_v, pages = w.headdim_v or w.headdim, sum(page_counts)
+        self.kv_bytes = pages * PAGE * w.num_heads_k * (w.headdim + headdim_v) * dtype.itemsize
+        regions = max(2, min(LAYERS, math.ceil(POOL_BYTES / self.kv_bytes)))
+
+        def random(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, device="cuda", dtype=torch.bfloat16).to(dtype)
+
+        order = torch.randperm(pages * regions, device="cuda").to(torch.int32).view(regions, pages)
+        index = np.zeros((len(w.lengths), max(page_counts)), np.int64)
+        for row, end, count in zip(index, np.cumsum(page_counts), page_counts, strict=True):
+            row[:count] = np.arange(end - count, end)
+        place = torch.from_numpy(index).cuda()
+        self.tables = [order[layer % regions][place] for layer in range(LAYERS)]
+        self.lengths = torch.tensor(w.lengths, dtype=torch.int32, device="cuda")
+        window = (-1, -1) if w.window is None else (w.window, 0)
+        self.call: dict[str, Any] = {
+            "q": random(len(w.lengths), w.seqlen_q, w.num_heads, w.headdim),
+            "k_cache": random(pages * regions, PAGE, w.num_heads_k, w.headdim),
+            "v_cache": random(pages * regions, PAGE, w.num_heads_k, headdim_v),
+            "cache_seqlens": self.lengths, "causal": True, "window_size": window,
+        }  # fmt: skip
+        if w.is_mla:
+            self.call["qv"] = random(len(w.lengths), w.seqlen_q, w.num_heads, headdim_v)
+        self.problem: dict[str, Any] = {
+            "batch_size": len(w.lengths), "max_seqlen_q": w.seqlen_q, "max_seqlen_k": max(page_counts) * PAGE,
+            "num_heads": w.num_heads, "num_heads_k": w.num_heads_k, "headdim": w.headdim, "headdim_v": headdim_v,
+            "cache_seqlens": self.lengths, "qkv_dtype": dtype, "page_size": PAGE, "causal": True, "window_size": window,
+        }  # fmt: skip
+
+
+def policy_variant(layers: Layers, policy: str) -> dict[str, Any]:
+    """The forward's arguments that go with our metadata of this policy."""
+    metadata = fa3_metadata.get_scheduler_metadata(**layers.problem, policy=policy)
+    layout = fa3_metadata.metadata_layout(**layers.problem, policy=policy)
+    return {"scheduler_metadata": metadata, "num_splits": layout.num_splits, "pack_gqa": layout.pack_gqa}
+
+
+def uniform_variants(layers: Layers, w: Workload) -> dict[str, dict[str, Any]]:
+    """The same for every number of key blocks per split worth trying."""
+    _, problem, rules, _ = plan_call(layers.problem)
+    plan = make_plan(replace(problem, num_splits=2), rules)
+    lengths = Lengths(np.array(w.lengths, np.int32))
+    _, num_m_blocks, _ = sequence_blocks(problem, plan, lengths)
+    blocks = blocks_read(problem, plan, lengths)
+    row_bytes = len(w.lengths) * w.seqlen_q * w.num_heads * (problem.value_headdim + 1) * 4
+    found: dict[str, dict[str, Any]] = {}
+    seen = set()
+    for size in _sizes(int(blocks.max()), plan.num_heads * int((num_m_blocks * blocks).sum()) / plan.num_sms):
+        splits = np.maximum(-(-blocks // size), 1)
+        splits = np.maximum(-(-blocks // np.maximum(-(-blocks // splits), 1)), 1).astype(np.int32)
+        most = int(splits.max())
+        if most > 128 or most * row_bytes > PARTIAL_BYTES or splits.tobytes() in seen:
+            continue
+        seen.add(splits.tobytes())
+        bounds = (1,) if most == 1 else (1 << max(5, (most - 1).bit_length()),)
+        for bound in bounds:
+            one = make_plan(replace(problem, num_splits=bound), rules)
+            found[str(size)] = _uniform(problem, one, lengths, splits)
+    return found
+
+
+def _uniform(problem: Any, plan: LaunchPlan, lengths: Lengths, splits: Any) -> dict[str, Any]:
+    rows, num_m_blocks, num_n_blocks = sequence_blocks(problem, plan, lengths)
+    metadata = torch.from_numpy(metadata_of_splits(plan, rows, num_m_blocks, num_n_blocks, splits)).cuda()
+    return {"scheduler_metadata": metadata, "num_splits": plan.num_splits, "pack_gqa": plan.pack_gqa}
+
+
+def _sizes(longest: int, load: float) -> list[int]:
+    """Key blocks per split: everything from 1 to the longest sequence in small steps, finer near an SM's load."""
+    sizes = {round(size) for size in np.geomspace(1, longest, 18)}
+    sizes |= {-(-longest // parts) for parts in range(1, 9)}
+    sizes |= {math.ceil(load * share) for share in (0.25, 0.35, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 3)}
+    return sorted(min(max(size, 1), longest) for size in sizes)
+
+
+def measure(w: Workload, forward: Callable[..., torch.Tensor], rounds: int, sweep: bool) -> Result:
+    """Times of every variant. Raises `RuntimeError` where a variant's output is wrong."""
+    layers = Layers(w)
+    variants: dict[str, dict[str, Any]] = {"none": {}}
+    variants |= {policy: policy_variant(layers, policy) for policy in ("fa3", "balanced")}
+    variants |= uniform_variants(layers, w) if sweep else {}
+    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    expected, pool, graphs = None, torch.cuda.graph_pool_handle(), {}
+    for name, more in variants.items():
+        output = forward(**layers.call, page_table=layers.tables[0], **more).float()
+        expected = output if expected is None else expected
+        error = ((output - expected).norm() / expected.norm()).item()
+        if not error < TOLERANCE[w.dtype]:
+            raise RuntimeError(f"{w.name}: the output with schedule {name} is off by {error:.3g}")
+        graphs[name] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graphs[name], pool=pool):
+            for table in layers.tables:
+                forward(**layers.call, page_table=table, **more)
+        graphs[name].replay()
+    events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+    for _ in range(rounds):
+        for name, graph in graphs.items():
+            flush.add_(1)
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            graph.replay()
+            end.record()
+            events.append((name, start, end))
+        torch.cuda.synchronize()
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    for name, start, end in events:
+        times[name].append(start.elapsed_time(end) * 1000 / LAYERS)
+    bounds = {name: more.get("num_splits", 0) for name, more in variants.items()}
+    return Result(w, times, _longest_splits(layers), bounds, layers.kv_bytes / PEAK_GB_S / 1e3)
+
+
+def _longest_splits(layers: Layers) -> dict[str, int]:
+    found = {}
+    for policy in ("fa3", "balanced"):
+        tensors, problem, _, plan = plan_call(layers.problem | {"policy": policy})
+        made = fa3_metadata.get_scheduler_metadata(**layers.problem, policy=policy)
+        found[policy] = int(fa3_metadata.unpack_metadata(made, plan.layout)["num_splits_dynamic"].max()) if (
+            "num_splits_dynamic" in plan.layout.row_names) else 1  # fmt: skip
+    return found
+
+
+def report(results: list[Result]) -> None:
+    """A row a workload, then means, the worst case and how often the oracle is near."""
+    print(f"{'us a layer':46s}{'none':>8s}{'fa3':>8s}{'ours':>8s}{'oracle':>8s}{'fa3/':>8s}{'none/':>7s}{'ours/':>7s}"
+          f"{'splits':>9s}{'floor':>8s}")  # fmt: skip
+    print(f"{'':46s}{'':32s}{'ours':>8s}{'ours':>7s}{'oracle':>7s}{'fa3,ours':>9s}")
+    for r in results:
+        oracle = r.median(r.oracle) if any(name.isdigit() for name in r.times) else math.nan
+        splits = f"{r.blocks_per_split['fa3']},{r.blocks_per_split['balanced']}"
+        print(f"{('*' if r.workload.held_out else ' ') + r.workload.name:46s}{r.median('none'):8.2f}{r.median('fa3'):8.2f}"
+              f"{r.median('balanced'):8.2f}{oracle:8.2f}{r.ratio('fa3'):8.3f}{r.ratio('none'):7.3f}"
+              f"{r.median('balanced') / oracle:7.3f}{splits:>9s}{r.floor:8.2f}")  # fmt: skip
+    print("* held out: never used to fit the constants. floor: reading the KV once at the datasheet's bandwidth")
+    few = [r for r in results if len(r.workload.lengths) <= 992]
+    for name, some in (("up to 992 sequences", few), ("of these held out", [r for r in few if r.workload.held_out]),
+                       ("over 992 sequences", [r for r in results if r not in few])):  # fmt: skip
+        if some:
+            means = [statistics.geometric_mean(r.ratio(variant) for r in some) for variant in ("fa3", "none")]
+            print(f"{name}: geometric mean {means[0]:.3f} x over FA3's metadata, {means[1]:.3f} x over FA3 without")
+    worst = min(results, key=lambda r: r.ratio("fa3"))
+    print(f"worst against FA3's metadata: {worst.ratio('fa3'):.3f} x, {worst.workload.name}")
+    swept = [r for r in results if any(name.isdigit() for name in r.times)]
+    if swept:
+        near = sum(r.median("balanced") <= 1.03 * r.median(r.oracle) for r in swept)
+        print(f"within 3 % of the oracle: {near} of {len(swept)}")
+
+
+def write_csv(results: list[Result], path: pathlib.Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["workload", "held_out", "schedule", "num_splits", "p20_us", "p50_us", "p80_us", "replays"])
+        for r in results:
+            for name, times in r.times.items():
+                p20, p50, p80 = np.percentile(times, [20, 50, 80])
+                held, bound = int(r.workload.held_out), r.num_splits[name]
+                rows.writerow(
+                    [r.workload.name, held, name, bound, f"{p20:.3f}", f"{p50:.3f}", f"{p80:.3f}", len(times)]
+                )
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench schedules", description="FA3's schedules, ours, the best")
+    parser.add_argument("--only", default="", help="workloads whose name contains this")
+    parser.add_argument("--rounds", type=int, default=15, help="timed replays of each graph")
+    parser.add_argument("--no-sweep", action="store_true", help="leave out the oracle")
+    parser.add_argument("--csv", type=pathlib.Path, help="write all times there")
+    options = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("schedules are judged on a CUDA GPU with an FA3 wheel: there is none here", file=sys.stderr)
+        sys.exit(2)
+    build = fa3_metadata.detect_build().build
+    forward = load_forward(build)
+    print(f"{build} on {torch.cuda.get_device_name()}, torch {torch.__version__}")
+    chosen = [w for w in SUITE if options.only in w.name]
+    results = []
+    for w in chosen:
+        results.append(measure(w, forward, options.rounds, not options.no_sweep))
+        torch.cuda.empty_cache()
+    report(results)
+    if options.csv:
+        write_csv(results, options.csv)
+
+
+if __name__ == "__main__":
+    main()

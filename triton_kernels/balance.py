@@ -1,0 +1,104 @@
+"""Policy "balanced": what an attention tile costs on a GPU, and how many splits are allowed.
+
+FA3's own rule looks at the batch's total alone. Here the number of key blocks in a split is chosen to minimise the
+predicted time of the attention and combine kernels. The model has four constants a kernel, measured by
+`fa3-metadata tune` and kept in balance_*.json:
+
+    shared_us     a key block when every SM works, that is, at the memory's full bandwidth
+    alone_us      a key block on an SM that has the memory to itself
+    tile_us       starting and finishing a work tile, whatever its size
+    per_split_us  combining, for each split of the sequence with the most
+
+With a share f of the SMs at work a block takes alone_us + (shared_us - alone_us) f^3. reference.py and
+balanced_kernel.py compute the prediction, in units of shared_us.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from .problem import DEFAULT_GPU, Problem
+
+NUM_CANDIDATES = 8  # for the key blocks of a split, see reference.py
+_MAX_SPLITS = 128  # what FA3's heuristic allows, too
+_MIN_COMBINE_SPLITS = 32  # the combine kernel costs the same up to here
+_FOLDER = pathlib.Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Costs:
+    """The model of one kernel on one GPU. In units of a key block at full bandwidth; all float32 values."""
+
+    tile: float
+    alone: float
+    per_split: float
+    fixed_blocks: int = 0  # key blocks of every split, for batch-invariant schedules; 0: searched for
+
+
+def costs_of(problem: Problem, kernel: tuple[int, int, int, int, int]) -> Costs:
+    """The model of a kernel: (element size, head dim, head dim of v, kBlockM, kBlockN), head dims as compiled.
+
+    A kernel that was not measured gets scaled constants.
+    """
+    table = constants_of(problem.gpu)
+    found = next((one for one in table["kernels"] if tuple(one["kernel"]) == kernel), None)
+    if found is None:
+        element_size, headdim, headdim_v, _, block_n = kernel
+        found = _scaled(table, block_n * (headdim + headdim_v) * element_size)
+    shared = found["shared_us"]
+    tile, alone = found["tile_us"] / shared, found["alone_us"] / shared
+    fixed = _invariant_blocks(tile) if problem.batch_invariant else 0
+    return Costs(_float32(tile), _float32(alone), _float32(table["per_split_us"] / shared), fixed)
+
+
+def _scaled(table: dict[str, Any], block_bytes: int) -> dict[str, float]:
+    """Constants for a kernel from the GPU's bandwidth, and from what measured kernels have in common."""
+    shared = block_bytes * table["num_sms"] / (table["bandwidth_gb_s"] * 1e3)
+    kernels = table["kernels"]
+    alone = sum(one["alone_us"] / one["shared_us"] for one in kernels) / len(kernels)
+    return {
+        "shared_us": shared,
+        "alone_us": shared * alone,
+        "tile_us": sum(k["tile_us"] for k in kernels) / len(kernels),
+    }
+
+
+def _invariant_blocks(tile: float) -> int:
+    """Key blocks of a split that does not depend on the batch: a tile's fixed cost is an eighth of it."""
+    return max(1, round(8 * tile))
+
+
+def balanced_num_splits(problem: Problem, tiles_of_a_sequence: int, num_n_blocks: int, num_sms: int, fa3: int) -> int:
+    """The bound on splits, from static facts alone; `fa3` is what FA3's heuristic says."""
+    tiles = max(1, tiles_of_a_sequence)
+    # More splits than fill the SMs twice only add to the combine kernel's work.
+    useful = max(_MIN_COMBINE_SPLITS, -(-2 * num_sms // tiles))
+    if problem.value_headdim <= 64:  # a combine kernel whose cost grows fast with the bound
+        useful = _MIN_COMBINE_SPLITS
+    useful = min(useful, _MAX_SPLITS, max(num_n_blocks, 1))
+    if problem.batch_invariant:  # the bound, too, must not depend on the batch
+        return useful
+    few = problem.batch_size * tiles * 3 <= 2 * num_sms
+    if fa3 == 1 and not few:
+        return 1  # a single split needs no combine kernel
+    rows = problem.batch_size * problem.max_seqlen_q * problem.num_heads
+    row_bytes = 4 * (problem.value_headdim + 1)  # the partial output and its log-sum-exp, in float32
+    return max(1, min(useful, problem.max_partial_bytes // max(1, rows * row_bytes)))
+
+
+@lru_cache(maxsize=16)
+def constants_of(gpu: str) -> dict[str, Any]:
+    """The measured constants of a GPU, else those of an H200."""
+    tables = [json.loads(path.read_text()) for path in sorted(_FOLDER.glob("balance_*.json"))]
+    fitting = [table for table in tables if table["gpu"] == gpu]
+    return (fitting or [table for table in tables if table["gpu"] == DEFAULT_GPU])[0]  # type: ignore[no-any-return]
+
+
+def _float32(value: float) -> float:
+    return float(np.float32(value))

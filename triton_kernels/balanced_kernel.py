@@ -1,0 +1,103 @@
+"""Policy "balanced" on the device: the search that reference.py describes, with every rounding of it.
+
+Compiled without fused multiply-add and with IEEE divisions, so that both come to the same schedule.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .balance import NUM_CANDIDATES
+from .blocks import cdiv
+
+CANDIDATES = tl.constexpr(NUM_CANDIDATES)
+
+
+@triton.jit
+def work_of(num_m, num_n, causal_saving):
+    """Key blocks read by all query blocks of a sequence: reference._work."""
+    pairs = (num_m * (num_m - 1)).to(tl.float32)
+    return tl.maximum(num_m * num_n - (pairs * causal_saving).to(tl.int32), 0)
+
+
+@triton.jit
+def _block_cost(busy, alone):
+    return alone + (1.0 - alone) * (busy * busy * busy)
+
+
+@triton.jit
+def _total_and_longest(total, longest, more, other):
+    return total + more, tl.maximum(longest, other)
+
+
+@triton.jit
+def fastest_blocks_per_split(
+    work_flat, blocks_flat, num_m, num_n, causal_saving, share, num_splits, num_heads, tile, alone, split_cost
+):
+    """reference._fastest_blocks_per_split: the key blocks of a split.
+
+    `work_flat`, `blocks_flat` [GROUP] and `num_m`, `num_n` [GROUP, 1] are of the same sequences.
+    """
+    heads = num_heads.to(tl.float32)
+    total, longest = tl.reduce((work_flat, blocks_flat), 0, _total_and_longest)
+    load, longest = total.to(tl.float32) * heads * share, tl.maximum(longest, 1)
+    k = tl.arange(0, CANDIDATES)[None, :]
+    c = _candidates(k, load, longest, num_splits)
+    size = c.to(tl.float32)
+    longest_tile = size + tile
+    reciprocal = tl.div_rn(1.0, size * longest_tile)
+    inverse = longest_tile * reciprocal
+
+    # [GROUP, CANDIDATES], three sums over the batch in one reduction
+    wanted = num_n.to(tl.float32) * inverse + 0.4995 + 8388608.0  # rounded to an integer, in the mantissa
+    tiles = num_m * tl.maximum(wanted.to(tl.int32, bitcast=True) - 0x4B000000, 1)
+    big = num_n * 2 > c
+    big_blocks = tl.where(big, work_of(num_m, num_n, causal_saving), 0)
+    joined = tl.join(tl.join(tiles, tl.where(big, tiles, 0)), tl.join(big_blocks, big_blocks))
+    counts, big_blocks = tl.split(tl.sum(joined, axis=0, keep_dims=True))
+    all_tiles, big_tiles = tl.split(counts)
+    big_blocks, _ = tl.split(big_blocks)
+
+    average = load + tile * (all_tiles.to(tl.float32) * heads) * share
+    big_tiles = big_tiles.to(tl.float32) * heads
+    big_cost = tl.maximum(big_blocks.to(tl.float32) * heads + tile * big_tiles, 1e-6)
+    big_tiles = tl.maximum(big_tiles, 1.0)
+    quotient = tl.div_rn(1.0, big_tiles * big_cost)
+    big_tile = big_cost * big_cost * quotient
+    full_waves = tl.floor((big_tiles - 0.5) * share)
+    filled = average * (big_tiles * big_tiles * quotient) - full_waves
+    waves = big_tile * (full_waves + _block_cost(tl.minimum(filled, 1.0), alone))
+    time = tl.where(filled >= 1.0, average, waves)
+    busy = tl.minimum(average * (size * reciprocal), 1.0)
+    time = tl.maximum(time, longest_tile * _block_cost(busy, alone))
+    time += longest.to(tl.float32) * inverse * split_cost
+    time = tl.where(k == 0, time, time * 1.01)
+    # A positive float's bits rise with it. Its last three make room for the candidate's number.
+    first = tl.min((time.to(tl.int32, bitcast=True) & -CANDIDATES) | k)
+    return _candidates(first & (CANDIDATES - 1), load, longest, num_splits)
+
+
+@triton.jit
+def _candidates(k, load, longest, num_splits):
+    """reference._candidates: candidate `k` for the key blocks of a split."""
+    spread = ((4 + (k & 3)) << (k >> 2)).to(tl.float32) * 0.125
+    c = 1 + k + (load * spread).to(tl.int32)
+    c = tl.where(k == 0, tl.ceil(load * 1.1).to(tl.int32), c)
+    return tl.maximum(tl.minimum(c, longest), cdiv(longest, num_splits))
+
+
+@triton.jit
+def group_load(work, group_start, group_end, batch_size, num_heads, share):
+    """reference._group_load: key blocks of a split for one of several groups of 992, from its own work."""
+    batch, size = batch_size.to(tl.float32), (group_end - group_start).to(tl.float32)
+    margin = 1.15 - 0.65 * tl.div_rn(group_start.to(tl.float32), batch)
+    load = work.to(tl.float32) * num_heads.to(tl.float32) * share * tl.div_rn(batch, size)
+    return tl.maximum(tl.ceil(load * margin).to(tl.int32), 1)
+
+
+@triton.jit
+def balanced_split(num_n, blocks_per_split, num_splits):
+    """Splits of at most that many key blocks, as far as the bound allows, and the key blocks of one."""
+    splits = tl.maximum(tl.minimum(cdiv(num_n, blocks_per_split), num_splits), 1)
+    return splits, cdiv(num_n, splits)

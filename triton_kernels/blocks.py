@@ -1,0 +1,76 @@
+"""Device functions that the kernels share: from lengths to blocks, and divisions that cost little."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_lengths(lengths, stride, i, mask):
+    """Elements `i` of a lengths tensor as int32."""
+    return tl.load(lengths + i.to(tl.int64) * stride, mask=mask, other=0).to(tl.int32)
+
+
+@triton.jit
+def cdiv_tile(tokens, tile, multiplier):
+    """cdiv(tokens, tile) without a division: tiles are 16 e, and multiplier is ceil(2^32 / e)."""
+    sixteens = (tokens + tile - 1).to(tl.uint32) >> 4  # at most 2^27 + 14, for which the product is exact
+    return tl.umulhi(sixteens, multiplier.to(tl.uint32, bitcast=True)).to(tl.int32)
+
+
+@triton.jit
+def floor_div_tile(tokens, tile):
+    """tokens // tile for tokens >= 0, likewise."""
+    return tl.umulhi((tokens >> 4).to(tl.uint32), tile[1].to(tl.uint32, bitcast=True)).to(tl.int32)
+
+
+@triton.jit
+def num_blocks(lengths, strides, i, mask, shape, WINDOW: tl.constexpr):
+    """Query rows, query blocks and key blocks of sequences `i`; zero where `mask` is off.
+
+    With WINDOW only the key blocks that the last query block reads, as in `BlockMN` (hopper/block.h).
+    """
+    max_seqlen_q, max_seqlen_k_new, q_heads_per_row, tile_m, tile_n, window_left, attention_chunk = shape
+    cache_seqlens, cu_seqlens_q, seqused_q, cu_seqlens_k_new, leftpad_k = lengths
+    if seqused_q is not None:
+        seqlen_q = load_lengths(seqused_q, strides[2], i, mask)
+    elif cu_seqlens_q is not None:
+        seqlen_q = load_lengths(cu_seqlens_q, strides[1], i + 1, mask) - load_lengths(cu_seqlens_q, strides[1], i, mask)
+    else:
+        seqlen_q = tl.where(mask, max_seqlen_q, 0)
+
+    seqlen_k = load_lengths(cache_seqlens, strides[0], i, mask)
+    if leftpad_k is not None:
+        seqlen_k -= load_lengths(leftpad_k, strides[4], i, mask)
+    if cu_seqlens_k_new is not None:
+        new = strides[3]
+        seqlen_k += load_lengths(cu_seqlens_k_new, new, i + 1, mask) - load_lengths(cu_seqlens_k_new, new, i, mask)
+    else:
+        seqlen_k += tl.where(mask, max_seqlen_k_new, 0)
+
+    seqlen_q = tl.maximum(seqlen_q, 0)
+    seqlen_k = tl.maximum(seqlen_k, 0)
+    rows = seqlen_q * q_heads_per_row
+    num_m_blocks = cdiv_tile(rows, tile_m[0], tile_m[1])
+    num_n_blocks = cdiv_tile(seqlen_k, tile_n[0], tile_n[1])
+    if WINDOW:
+        at = tl.maximum(num_m_blocks - 1, 0) * tile_m[0] // q_heads_per_row + seqlen_k - seqlen_q
+        first_key = at - window_left
+        if attention_chunk > 0:
+            into_chunk = at % attention_chunk
+            into_chunk = tl.where(into_chunk < 0, into_chunk + attention_chunk, into_chunk)
+            first_key = tl.maximum(first_key, at - into_chunk)
+        num_n_blocks = tl.maximum(num_n_blocks - floor_div_tile(tl.maximum(first_key, 0), tile_n), 0)
+    return rows, num_m_blocks, num_n_blocks
+
+
+@triton.jit
+def cdiv(a, b):
+    """cdiv(a, b) for a >= 0, b > 0, exact in int32: cheaper than an integer division on a GPU."""
+    a += b - 1
+    inverse = 1.0 / b.to(tl.float32)
+    quotient = (a.to(tl.float32) * inverse).to(tl.int32)  # off by a few in 2^22
+    quotient += ((a - quotient * b).to(tl.float32) * inverse).to(tl.int32)  # off by one at most
+    remainder = a - quotient * b
+    return quotient + (remainder >= b).to(tl.int32) - (remainder < 0).to(tl.int32)
