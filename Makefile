@@ -10,6 +10,11 @@ demo: environment  ## a realistic decode batch: its schedule, explained, checked
 test: environment  ## every test that can run here; the others say why they are skipped
 	@.venv/bin/python -m pytest -n $(WORKERS) $(ARGS)
 
+bench:  ## the metadata stage beside the wheel's own, timed and drawn; needs a CUDA GPU
+	@$(PYTHON) .ci/environment.py bench test
+	@.venv/bin/python -m bench metadata $(ARGS)
+	@.venv/bin/python -m bench plot
+
 lint:  ## ruff and mypy on both packages
 	@$(PYTHON) .ci/environment.py test lint
 	@.venv/bin/ruff check .
@@ -24,4 +29,4 @@ environment:
 clean:  ## remove the environment and caches
 	rm -rf .venv .pytest_cache .hypothesis .mypy_cache .ruff_cache *.egg-info build
 
-.PHONY: help demo test lint environment clean
+.PHONY: help demo test bench lint environment clean

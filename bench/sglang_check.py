@@ -66,7 +66,7 @@ def decode(variant: str, folder: pathlib.Path) -> list[str]:
         FlashAttentionBackend.__init__ = without
     arguments = ServerArgs(
         model_path=str(folder), load_format="dummy", attention_backend="fa3", sampling_backend="pytorch", page_size=1,
-        mem_fraction_static=0.2, cuda_graph_bs=[1, 8, 16], grammar_backend="none", disable_radix_cache=True,
+        mem_fraction_static=0.3, max_total_tokens=100_000, cuda_graph_bs=[1, 8, 16], grammar_backend="none", disable_radix_cache=True,
         disable_piecewise_cuda_graph=True, context_length=16384,
     )  # fmt: skip
     runner, _ = bench_one_batch.load_model(arguments, PortArgs.init_new(arguments), 0, 0)[:2]

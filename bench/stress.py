@@ -105,12 +105,12 @@ def _rank(rank: int, ranks: int, replays: int, seed: int) -> None:
     torch.distributed.destroy_process_group()
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--replays", type=int, default=20000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ranks", type=int, default=1)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if options.ranks > 1:
         arguments = (options.ranks, options.replays, options.seed)
         multiprocessing.spawn(_rank, arguments, nprocs=options.ranks)  # type: ignore[no-untyped-call]

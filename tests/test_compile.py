@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import os
 import random
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import fa3_metadata
 import pytest
 import torch
 import torch._dynamo.testing
-from fa3_metadata.triton_kernels import launch
+from fa3_metadata.triton_kernels import driver, launch
 
 BUILDS = ("sglang-kernel-0.4.2", "vllm-0.33.0")
 
@@ -102,56 +104,83 @@ def test_few_kernels_serve_many_problems(monkeypatch: pytest.MonkeyPatch) -> Non
     assert 6 <= len(constants) <= 13
 
 
+class Made:
+    """In a compiled kernel's place."""
+
+    function = 4711
+    metadata = SimpleNamespace(num_warps=2, shared=96)
+
+
 class CompilesOnce:
-    """In a kernel's place: keeps what its first, compiling launch and its later, direct ones are given, by name."""
+    """In a kernel's place: keeps what its compiling launches are given, by name."""
 
     def __init__(self, names: list[str]) -> None:
         self.names = names
         self.launches: list[dict[str, Any]] = []
-        self.function, self.packed_metadata = "function", "packed metadata"
 
     def __getitem__(self, grid: tuple[int, int, int]) -> Any:
-        def compile_and_launch(*args: Any, num_warps: int, **constants: Any) -> CompilesOnce:
+        def compile_and_launch(*args: Any, num_warps: int, **constants: Any) -> Made:
             self.launches.append(dict(zip(self.names, args, strict=False)) | constants | {"grid": grid})
-            return self
+            return Made()
 
         return compile_and_launch
 
-    def run(self, x: int, y: int, z: int, stream: Any, function: Any, packed: Any, *args: Any) -> None:
-        assert (stream, function, packed, args[:3]) == ("stream", "function", "packed metadata", (None, None, None))
-        self.launches.append(dict(zip(self.names, args[3:], strict=True)) | {"grid": (x, y, z)})
+
+class Driver:
+    """In cuLaunchKernelEx's place: keeps what the kernel would read."""
+
+    def __init__(self, like: dict[str, Any]) -> None:
+        self.like, self.seen = like, []
+
+    def __call__(self, config: int, function: int, parameters: int, extra: None) -> int:
+        config = driver._Config.from_address(config)
+        read: dict[str, Any] = {"grid": (config.x, config.y, config.z)}
+        assert (function, config.threads, config.shared_bytes, config.stream) == (4711, 64, 96, 5)
+        addresses = ctypes.cast(parameters, ctypes.POINTER(ctypes.c_void_p))
+        taken = 0
+        for name, value in self.like.items():
+            if value is None or name == "grid" or name.isupper():
+                continue  # not a parameter of the compiled kernel
+            kind = {float: ctypes.c_float, int: ctypes.c_int32}.get(type(value), ctypes.c_uint64)
+            read[name] = kind.from_address(addresses[taken]).value
+            taken += 1
+        self.seen.append(read)
+        return 0
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("stride", [1, 3])
-def test_direct_launches_are_given_what_the_first_one_was(
-    groups: int, stride: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("policy", ["fa3", "balanced"])
+def test_driver_launches_are_given_what_the_first_one_was(
+    groups: int, policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The path past Triton's own launch, which only a GPU takes otherwise: every argument in its place."""
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: "stream", raising=False)
-    cache_seqlens = torch.arange(40 * stride, dtype=torch.int32)[::stride]
-    _, problem, _, plan = fa3_metadata.api.plan_call(arguments(cache_seqlens, BUILDS[0]))
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 5, raising=False)
+    lengths = torch.arange(40, dtype=torch.int32)
+    out, table = torch.empty(900, dtype=torch.int32), torch.empty(99, dtype=torch.int32)
+    _, problem, _, plan = fa3_metadata.api.plan_call(arguments(lengths, BUILDS[0]) | {"policy": policy})
     if groups == 1:
-        made, kernel, pointers = (
-            launch.metadata_launch(problem, plan),
-            launch.prepare_varlen_num_blocks_kernel,
-            ("out",),
-        )
+        made, kernel = launch.metadata_launch(problem, plan), launch.prepare_varlen_num_blocks_kernel
     else:
         made, kernel = launch.layer_groups_launch(problem, [plan] * 2), launch.prepare_layer_groups_kernel
-        pointers = ("out", "table")
+    pointers = (out, table)[:groups]
     fake = CompilesOnce(list(inspect.signature(kernel.fn).parameters))
     monkeypatch.setattr(made, "_function", fake)
-    for _ in range(3):
-        made(pointers, (cache_seqlens, None, None, None, None))
-    first, *later = fake.launches
-    assert list(later[0]) == [*fake.names, "grid"]
-    for direct in later:
-        assert {name: id(value) if value is cache_seqlens else value for name, value in direct.items()} == {
-            name: id(value) if value is cache_seqlens else value for name, value in first.items()
-        }
-    assert first["CONTIGUOUS"] == (stride == 1)
-    assert first["stride_0"] == stride
+    made(pointers, (lengths, None, None, None, None))
+    (first,) = fake.launches
+    cuda = Driver(first)
+    monkeypatch.setattr(driver, "_launch_function", lambda: cuda)
+    for _ in range(2):
+        made(pointers, (lengths, None, None, None, None))
+    assert len(fake.launches) == 1
+    for read in cuda.seen:
+        for name, value in read.items():
+            wanted = first[name]
+            wanted = wanted.data_ptr() if isinstance(wanted, torch.Tensor) else wanted
+            assert value == (pytest.approx(wanted) if isinstance(wanted, float) else wanted), name
+    assert len(cuda.seen) == 2
+    strided = torch.arange(120, dtype=torch.int32)[::3]  # through Triton
+    made(pointers, (strided, None, None, None, None))
+    assert (fake.launches[1]["CONTIGUOUS"], fake.launches[1]["stride_0"]) == (False, 3)
 
 
 COMPILE = """
@@ -160,11 +189,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from fa3_metadata.triton_kernels import kernel
 absent = ("cu_seqlens_q", "seqused_q", "cu_seqlens_k_new", "leftpad_k")
-floats = ("load_factor", "causal_saving", "tile_cost", "alone4", "split_cost")
+floats = ("load_factor", "causal_saving", "tile_cost", "alone_cost", "split_cost")
 single, several = kernel.prepare_varlen_num_blocks_kernel, kernel.prepare_layer_groups_kernel
 for function, splits in ((single, 1), (single, 2), (single, 3), (single, 4), (several, 1), (several, 2)):
-    full, window = (0, 1, -1, 2, 3, 4, True, splits, False), (0, 1, -1, -1, 2, 3, True, splits, splits > 1)
-    constants = {"LAYOUT": full, "LAYOUTS": (full, window), "CONTIGUOUS": True, "SLICE": 4, "GROUP": 1024}
+    full, window = (0, 1, -1, 2, 3, 4, True, splits, False, True), (0, 1, -1, -1, 2, 3, True, splits, splits > 1, False)
+    constants = {"LAYOUT": full, "LAYOUTS": (full, window), "CONTIGUOUS": True, "EARLY": True, "SLICE": 4, "GROUP": 1024}
     signature, values = {}, {}
     for parameter in function.params:
         name = parameter.name

@@ -33,22 +33,21 @@ def _total_and_longest(total, longest, more, other):
 
 @triton.jit
 def fastest_blocks_per_split(
-    work_flat, blocks_flat, num_m, num_n, causal_saving, share, num_splits, num_heads, tile, alone, split_cost
+    num_m, num_n, work, causal_saving, share, num_splits, num_heads, tile, alone, split_cost, SHORT: tl.constexpr
 ):
-    """reference._fastest_blocks_per_split: the key blocks of a split.
-
-    `work_flat`, `blocks_flat` [GROUP] and `num_m`, `num_n` [GROUP, 1] are of the same sequences.
-    """
+    """reference._fastest_blocks_per_split: the key blocks of a split, for num_m, num_n and work [GROUP]."""
     heads = num_heads.to(tl.float32)
-    total, longest = tl.reduce((work_flat, blocks_flat), 0, _total_and_longest)
+    total, longest = tl.reduce((work, num_n), 0, _total_and_longest)
     load, longest = total.to(tl.float32) * heads * share, tl.maximum(longest, 1)
     k = tl.arange(0, CANDIDATES)[None, :]
-    c = _candidates(k, load, longest, num_splits)
+    c = _candidates(k, load, longest, num_splits, SHORT)
     size = c.to(tl.float32)
     longest_tile = size + tile
     reciprocal = tl.div_rn(1.0, size * longest_tile)
     inverse = longest_tile * reciprocal
 
+    packed = (num_n * 16 + tl.minimum(num_m, 15))[:, None]  # one exchange between threads in place of two
+    num_n, num_m = packed >> 4, packed & 15
     # [GROUP, CANDIDATES], three sums over the batch in one reduction
     wanted = num_n.to(tl.float32) * inverse + 0.4995 + 8388608.0  # rounded to an integer, in the mantissa
     tiles = num_m * tl.maximum(wanted.to(tl.int32, bitcast=True) - 0x4B000000, 1)
@@ -75,29 +74,29 @@ def fastest_blocks_per_split(
     time = tl.where(k == 0, time, time * 1.01)
     # A positive float's bits rise with it. Its last three make room for the candidate's number.
     first = tl.min((time.to(tl.int32, bitcast=True) & -CANDIDATES) | k)
-    return _candidates(first & (CANDIDATES - 1), load, longest, num_splits)
+    return _candidates(first & (CANDIDATES - 1), load, longest, num_splits, SHORT)
 
 
 @triton.jit
-def _candidates(k, load, longest, num_splits):
+def _candidates(k, load, longest, num_splits, SHORT: tl.constexpr):
     """reference._candidates: candidate `k` for the key blocks of a split."""
     spread = ((4 + (k & 3)) << (k >> 2)).to(tl.float32) * 0.125
     c = 1 + k + (load * spread).to(tl.int32)
     c = tl.where(k == 0, tl.ceil(load * 1.1).to(tl.int32), c)
-    return tl.maximum(tl.minimum(c, longest), cdiv(longest, num_splits))
+    return tl.maximum(tl.minimum(c, longest), cdiv(longest, num_splits, SHORT))
 
 
 @triton.jit
 def group_load(work, group_start, group_end, batch_size, num_heads, share):
-    """reference._group_load: key blocks of a split for one of several groups of 992, from its own work."""
+    """reference._group_load: key blocks of a split for a group of 992, from its own work."""
     batch, size = batch_size.to(tl.float32), (group_end - group_start).to(tl.float32)
-    margin = 1.15 - 0.65 * tl.div_rn(group_start.to(tl.float32), batch)
+    margin = 1.1 - 0.6 * tl.div_rn(group_start.to(tl.float32), batch)
     load = work.to(tl.float32) * num_heads.to(tl.float32) * share * tl.div_rn(batch, size)
     return tl.maximum(tl.ceil(load * margin).to(tl.int32), 1)
 
 
 @triton.jit
-def balanced_split(num_n, blocks_per_split, num_splits):
+def balanced_split(num_n, blocks_per_split, num_splits, SHORT: tl.constexpr):
     """Splits of at most that many key blocks, as far as the bound allows, and the key blocks of one."""
-    splits = tl.maximum(tl.minimum(cdiv(num_n, blocks_per_split), num_splits), 1)
-    return splits, cdiv(num_n, splits)
+    splits = tl.maximum(tl.minimum(cdiv(num_n, blocks_per_split, SHORT), num_splits), 1)
+    return splits, cdiv(num_n, splits, SHORT)

@@ -38,7 +38,7 @@ def num_blocks(lengths, strides, i, mask, shape, WINDOW: tl.constexpr):
     elif cu_seqlens_q is not None:
         seqlen_q = load_lengths(cu_seqlens_q, strides[1], i + 1, mask) - load_lengths(cu_seqlens_q, strides[1], i, mask)
     else:
-        seqlen_q = tl.where(mask, max_seqlen_q, 0)
+        seqlen_q = max_seqlen_q  # one number for all, as long as it can stay one
 
     seqlen_k = load_lengths(cache_seqlens, strides[0], i, mask)
     if leftpad_k is not None:
@@ -47,7 +47,7 @@ def num_blocks(lengths, strides, i, mask, shape, WINDOW: tl.constexpr):
         new = strides[3]
         seqlen_k += load_lengths(cu_seqlens_k_new, new, i + 1, mask) - load_lengths(cu_seqlens_k_new, new, i, mask)
     else:
-        seqlen_k += tl.where(mask, max_seqlen_k_new, 0)
+        seqlen_k += max_seqlen_k_new
 
     seqlen_q = tl.maximum(seqlen_q, 0)
     seqlen_k = tl.maximum(seqlen_k, 0)
@@ -62,12 +62,20 @@ def num_blocks(lengths, strides, i, mask, shape, WINDOW: tl.constexpr):
             into_chunk = tl.where(into_chunk < 0, into_chunk + attention_chunk, into_chunk)
             first_key = tl.maximum(first_key, at - into_chunk)
         num_n_blocks = tl.maximum(num_n_blocks - floor_div_tile(tl.maximum(first_key, 0), tile_n), 0)
-    return rows, num_m_blocks, num_n_blocks
+    return tl.where(mask, rows, 0), tl.where(mask, num_m_blocks, 0), tl.where(mask, num_n_blocks, 0)
 
 
 @triton.jit
-def cdiv(a, b):
-    """cdiv(a, b) for a >= 0, b > 0, exact in int32: cheaper than an integer division on a GPU."""
+def cdiv(a, b, SHORT: tl.constexpr):
+    """cdiv(a, b) for a >= 0, b > 0, exact in int32: cheaper than an integer division on a GPU.
+
+    SHORT, for a < 2^18: the quotient plus a margin that rounding errors stay within (a + b < 2^20, and a larger b gives
+    at most one), rounded down in the mantissa of a number over 2^23: a conversion to int is slow.
+    """
+    if SHORT:
+        divisor = b.to(tl.float32)
+        rounded = (a.to(tl.float32) + (divisor - 0.5)) * (1.0 / divisor) + 8388607.5
+        return rounded.to(tl.int32, bitcast=True) - 0x4B000000
     a += b - 1
     inverse = 1.0 / b.to(tl.float32)
     quotient = (a.to(tl.float32) * inverse).to(tl.int32)  # off by a few in 2^22

@@ -15,6 +15,11 @@ from .balanced_kernel import balanced_split, fastest_blocks_per_split, group_loa
 from .blocks import cdiv, num_blocks
 from .plan import MAX_DYNAMIC_SPLIT_BATCH
 
+try:
+    from triton.language.extra.cuda import gdc_wait
+except ImportError:  # a Triton without programmatic dependent launch
+    gdc_wait = None
+
 SORT_GROUP = tl.constexpr(MAX_DYNAMIC_SPLIT_BATCH)
 # Nothing that changes from step to step specialises a kernel: neither a number's value nor a pointer's alignment.
 _NUMBERS = [
@@ -36,12 +41,12 @@ def _load_float(place):
 
 
 @triton.jit
-def _split(num_n_blocks, blocks_per_sm, num_splits):
+def _split(num_n_blocks, blocks_per_sm, num_splits, SHORT: tl.constexpr):
     """Splits of a sequence, and the key blocks of one split."""
     # No blocks per SM means no queries at all: FA3 then divides by zero and ends up with one split.
-    wanted = tl.where(blocks_per_sm > 0, cdiv(num_n_blocks, tl.maximum(blocks_per_sm, 1)), 1)
+    wanted = tl.where(blocks_per_sm > 0, cdiv(num_n_blocks, tl.maximum(blocks_per_sm, 1), SHORT), 1)
     splits = tl.maximum(tl.minimum(wanted, num_splits), 1)
-    return splits, cdiv(num_n_blocks, splits)
+    return splits, cdiv(num_n_blocks, splits, SHORT)
 
 
 @triton.jit
@@ -51,7 +56,7 @@ def _write_metadata(
     load_factor, window_left, attention_chunk, fixed_blocks, causal_saving, tile_cost, alone_cost, split_cost,
     SPLITS_ROW: tl.constexpr, M_BLOCKS_ROW: tl.constexpr, SEQLEN_Q_ROW: tl.constexpr, BATCH_IDX_ROW: tl.constexpr,
     NHEADS_ROW: tl.constexpr, NUM_ROWS: tl.constexpr, HAS_SEMAPHORE: tl.constexpr, SPLITS: tl.constexpr,
-    WINDOW: tl.constexpr, SLICE: tl.constexpr, GROUP: tl.constexpr,
+    WINDOW: tl.constexpr, SHORT: tl.constexpr, SLICE: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Program (x, y) writes the metadata of slice x of group y; the first one the semaphore too.
 
@@ -61,7 +66,7 @@ def _write_metadata(
     `load_factor`: float32, makes the load of an SM of the total; for FA3's rule approximate as in reciprocal.py. What
     follows it is for policy "balanced" (balance.py), as is WINDOW, with which only blocks in the window count.
     A program writes SLICE sequences and looks at the GROUP of at most 992 that they are sorted in; both are powers
-    of two.
+    of two. SHORT: no sequence has 2^24 tokens, which makes keys and divisions cheaper.
     """
     group_start = tl.program_id(1) * SORT_GROUP
     group_end = tl.minimum(group_start + SORT_GROUP, batch_size)
@@ -82,31 +87,33 @@ def _write_metadata(
     if SPLITS == FA3_RULE:
         total = tl.sum(group_m * group_n)
         blocks_per_sm = tl.ceil(total.to(tl.float32) * 1.1 * num_heads.to(tl.float32) * load_factor).to(tl.int32)
-        splits, num_n = _split(num_n, blocks_per_sm, num_splits)
-        _, group_n = _split(group_n, blocks_per_sm, num_splits)
+        splits, num_n = _split(num_n, blocks_per_sm, num_splits, SHORT)
+        _, group_n = _split(group_n, blocks_per_sm, num_splits, SHORT)
     elif SPLITS != ONE_SPLIT:
         blocks_per_split = fixed_blocks
         if SPLITS == SEARCH:
-            column = group_start + tl.arange(0, GROUP)[:, None]  # read again in another layout, to spare an exchange
-            _, column_m, column_n = num_blocks(lengths, strides, column, column < group_end, shape, WINDOW)
             blocks_per_split = fastest_blocks_per_split(
-                work_of(group_m, group_n, causal_saving), group_n, column_m, column_n, causal_saving, load_factor,
-                num_splits, num_heads, tile_cost, alone_cost, split_cost,
+                group_m, group_n, work_of(group_m, group_n, causal_saving), causal_saving, load_factor, num_splits,
+                num_heads, tile_cost, alone_cost, split_cost, SHORT,
             )  # fmt: skip
         if SPLITS == LOAD:
             work = tl.sum(work_of(group_m, group_n, causal_saving))
             blocks_per_split = group_load(work, group_start, group_end, batch_size, num_heads, load_factor)
-        splits, num_n = balanced_split(num_n, blocks_per_split, num_splits)
-        _, group_n = balanced_split(group_n, blocks_per_split, num_splits)
+        splits, num_n = balanced_split(num_n, blocks_per_split, num_splits, SHORT)
+        _, group_n = balanced_split(group_n, blocks_per_split, num_splits, SHORT)
 
-    # splits -> order: falling key, ties in batch order.
+    # splits -> order: falling key, ties in batch order. Keys are blocks, or whole tokens / 16.
     position = i
     if BATCH_IDX_ROW >= 0:
-        key = tl.where(is_causal != 0, num_n * tile_n[0] - num_m * tile_m[0], num_n)
-        group_key = tl.where(is_causal != 0, group_n * tile_n[0] - group_m * tile_m[0], group_n)
+        per_n = tl.where(is_causal != 0, tile_n[0] >> 4, 1)
+        per_m = tl.where(is_causal != 0, tile_m[0] >> 4, 0)
+        key, group_key = num_n * per_n - num_m * per_m, group_n * per_n - group_m * per_m
+        if SHORT:  # with the place in the low bits all keys are different, and one comparison does
+            key, group_key = key * 1024 - (i - group_start), group_key * 1024 - (j - group_start)
         group_key = tl.where(in_group, group_key, -2147483648)
-        earlier = (j[None, :] < i[:, None]).to(tl.int32)
-        before = group_key[None, :] + earlier > key[:, None]  # [SLICE, GROUP]
+        before = group_key[None, :] > key[:, None]  # [SLICE, GROUP]
+        if not SHORT:
+            before |= (group_key[None, :] == key[:, None]) & (j[None, :] < i[:, None])
         position = group_start + tl.sum(before.to(tl.int32), axis=1)
 
     # order -> rows, padded with zeros
@@ -139,9 +146,11 @@ def prepare_varlen_num_blocks_kernel(
     q_heads_per_row, block_m, multiplier_m, block_n, multiplier_n, num_splits, num_heads, heads_per_l2_head,
     max_kvblocks_in_l2, is_causal, load_factor, window_left, attention_chunk, fixed_blocks, causal_saving,
     tile_cost, alone_cost, split_cost,
-    LAYOUT: tl.constexpr, CONTIGUOUS: tl.constexpr, SLICE: tl.constexpr, GROUP: tl.constexpr,
+    LAYOUT: tl.constexpr, CONTIGUOUS: tl.constexpr, EARLY: tl.constexpr, SLICE: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """The metadata of one batch. LAYOUT: see launch.layout_constants."""
+    if EARLY:  # launched while the kernel before still runs
+        gdc_wait()
     lengths = (cache_seqlens, cu_seqlens_q, seqused_q, cu_seqlens_k_new, leftpad_k)
     strides = (1, 1, 1, 1, 1) if CONTIGUOUS else (stride_0, stride_1, stride_2, stride_3, stride_4)
     _write_metadata(
@@ -149,7 +158,8 @@ def prepare_varlen_num_blocks_kernel(
         q_heads_per_row, (block_m, multiplier_m), (block_n, multiplier_n), num_splits, num_heads, heads_per_l2_head,
         max_kvblocks_in_l2, is_causal, load_factor, window_left, attention_chunk, fixed_blocks, causal_saving,
         tile_cost, alone_cost, split_cost,
-        LAYOUT[0], LAYOUT[1], LAYOUT[2], LAYOUT[3], LAYOUT[4], LAYOUT[5], LAYOUT[6], LAYOUT[7], LAYOUT[8], SLICE, GROUP,
+        LAYOUT[0], LAYOUT[1], LAYOUT[2], LAYOUT[3], LAYOUT[4], LAYOUT[5],
+        LAYOUT[6], LAYOUT[7], LAYOUT[8], LAYOUT[9], SLICE, GROUP,
     )  # fmt: skip
 
 
@@ -157,12 +167,14 @@ def prepare_varlen_num_blocks_kernel(
 def prepare_layer_groups_kernel(
     out, table, cache_seqlens, cu_seqlens_q, seqused_q, cu_seqlens_k_new, leftpad_k,
     stride_0, stride_1, stride_2, stride_3, stride_4, batch_size, max_seqlen_q, max_seqlen_k_new,
-    LAYOUTS: tl.constexpr, CONTIGUOUS: tl.constexpr, SLICE: tl.constexpr, GROUP: tl.constexpr,
+    LAYOUTS: tl.constexpr, CONTIGUOUS: tl.constexpr, EARLY: tl.constexpr, SLICE: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """The metadata of one batch for several groups of layers: program (x, y, z) works for group z.
 
     `table` [groups, TABLE_COLUMNS] int32 holds the numbers of each group, and where in `out` its metadata starts.
     """
+    if EARLY:  # launched while the kernel before still runs
+        gdc_wait()
     lengths = (cache_seqlens, cu_seqlens_q, seqused_q, cu_seqlens_k_new, leftpad_k)
     strides = (1, 1, 1, 1, 1) if CONTIGUOUS else (stride_0, stride_1, stride_2, stride_3, stride_4)
     row = table + tl.program_id(2) * TABLE_COLUMNS
@@ -177,7 +189,7 @@ def prepare_layer_groups_kernel(
                 tl.load(row + 12), tl.load(row + 13), _load_float(row + 14), _load_float(row + 15),
                 _load_float(row + 16), _load_float(row + 17),
                 LAYOUTS[z][0], LAYOUTS[z][1], LAYOUTS[z][2], LAYOUTS[z][3], LAYOUTS[z][4], LAYOUTS[z][5],
-                LAYOUTS[z][6], LAYOUTS[z][7], LAYOUTS[z][8], SLICE, GROUP,
+                LAYOUTS[z][6], LAYOUTS[z][7], LAYOUTS[z][8], LAYOUTS[z][9], SLICE, GROUP,
             )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ import triton
 
 from . import kernel
 from .balance import Costs
+from .driver import DriverLaunch, can_launch
 from .kernel import TABLE_COLUMNS, prepare_layer_groups_kernel, prepare_varlen_num_blocks_kernel
 from .layout import padded
 from .plan import MAX_DYNAMIC_SPLIT_BATCH, LaunchPlan
@@ -46,43 +47,62 @@ def launch_shape(batch_size: int, is_sorted: bool, dynamic_splits: bool) -> tupl
 class Launch:
     """A kernel with everything bound but the pointers, for one batch size.
 
-    Triton's own launch looks every argument up again and takes tens of microseconds on the host. The first call goes
-    through it, which compiles; later ones go to the compiled kernel, past Triton's launch hooks.
+    A kernel is first launched through Triton, which compiles it; after that through the driver, past Triton's launch
+    hooks. Lengths that are not contiguous always go through Triton.
     """
 
     def __init__(
-        self, function: Any, grid: tuple[int, int, int], numbers: tuple[Any, ...], constants: dict[str, Any],
-        num_warps: int, balanced: bool,
+        self, function: Any, grid: tuple[int, int, int], numbers: tuple[int | float, ...], constants: dict[str, Any],
+        num_warps: int, balanced: bool, arch: int,
     ) -> None:  # fmt: skip
-        self._function, self._grid = function, grid
-        self._options = {"num_warps": num_warps}
+        # Programmatic dependent launch: programs start while the kernel before ends, and wait for its end themselves.
+        early = arch >= 90 and not INTERPRETED and kernel.gdc_wait is not None
+        self._function, self._grid, self._numbers, self._early = function, grid, numbers, early
+        self._constants = constants | {"EARLY": early}
+        self._options: dict[str, Any] = {"num_warps": num_warps}
+        if early:
+            self._options["launch_pdl"] = True
         if balanced:  # the NumPy model rounds after every operation
             self._options["enable_fp_fusion"] = False
-        self._numbers, self._constants = numbers, constants
-        self._compiled: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+        self._launches: dict[tuple[Any, ...], DriverLaunch] = {}
 
-    def __call__(self, pointers: tuple[torch.Tensor | None, ...], lengths: LengthPointers) -> None:
+    def __call__(self, pointers: tuple[torch.Tensor, ...], lengths: LengthPointers) -> None:
         """Launch on the current stream and device. `lengths` are the last of the kernel's pointers."""
         k, q, used, new, pad = lengths
-        device, contiguous = k.device.index, _are_contiguous(lengths)
-        strides = _UNIT_STRIDES if contiguous else tuple(1 if t is None else t.stride(0) for t in lengths)
+        device = k.device.index
+        contiguous = _are_contiguous(lengths)
         key = (
             device, contiguous, k.dtype, q is not None and q.dtype, used is not None and used.dtype,
             new is not None and new.dtype, pad is not None and pad.dtype,
         )  # fmt: skip
-        if (compiled := self._compiled.get(key)) is None:
-            constants = self._constants | {"CONTIGUOUS": contiguous}  # in the order of the kernel's parameters
-            made = self._function[self._grid](
-                *pointers, *lengths, *strides, *self._numbers, **constants, **self._options
-            )
-            if hasattr(made, "run"):  # not in the interpreter
-                tail = (*self._numbers, *constants.values())
-                self._compiled[key] = (made.run, made.function, made.packed_metadata, tail)
-            return
-        run, function, packed_metadata, tail = compiled
-        stream = torch._C._cuda_getCurrentRawStream(device)
-        hooks = (None, None, None)  # launch metadata, enter hook, exit hook
-        run(*self._grid, stream, function, packed_metadata, *hooks, *pointers, *lengths, *strides, *tail)
+        launch = self._launches.get(key) or self._driver_launch(key, pointers, lengths)
+        if launch is not None:
+            stream = torch._C._cuda_getCurrentRawStream(device)
+            if launch(stream, tuple([t.data_ptr() for t in (*pointers, *lengths) if t is not None])):
+                return
+        strides = _UNIT_STRIDES if contiguous else tuple(1 if t is None else t.stride(0) for t in lengths)
+        constants = self._constants | {"CONTIGUOUS": contiguous}  # in the order of the kernel's parameters
+        made = self._function[self._grid](*pointers, *lengths, *strides, *self._numbers, **constants, **self._options)
+        _compiled[self._identity(key)] = made
+
+    def _driver_launch(
+        self, key: tuple[Any, ...], pointers: tuple[torch.Tensor, ...], lengths: LengthPointers
+    ) -> DriverLaunch | None:
+        """The launch of a kernel that has been compiled for these tensors; None: Triton must launch."""
+        made, contiguous = _compiled.get(self._identity(key)), key[1]
+        if made is None or not contiguous or not can_launch(made):
+            return None
+        num_pointers = sum(t is not None for t in (*pointers, *lengths))
+        numbers = (*_UNIT_STRIDES, *self._numbers)
+        self._launches[key] = DriverLaunch(made, self._grid, num_pointers, numbers, self._early)
+        return self._launches[key]
+
+    def _identity(self, key: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What a kernel is compiled for."""
+        return (self._function, *self._constants.items(), *self._options.items(), *key)
+
+
+_compiled: dict[tuple[Any, ...], Any] = {}  # Launch._identity -> what Triton made
 
 
 def metadata_launch(problem: Problem, plan: LaunchPlan) -> Launch:
@@ -95,7 +115,7 @@ def metadata_launch(problem: Problem, plan: LaunchPlan) -> Launch:
     batch_size = plan.layout.batch_size
     slice_, group, num_warps = launch_shape(batch_size, plan.layout.is_sorted, plan.dynamic_splits)
     numbers = (batch_size, problem.max_seqlen_q, problem.max_seqlen_k_new, *_numbers(plan))
-    constants = {"LAYOUT": layout_constants(plan), "CONTIGUOUS": None, "SLICE": slice_, "GROUP": group}
+    constants = {"LAYOUT": layout_constants(plan), "CONTIGUOUS": None, "EARLY": None, "SLICE": slice_, "GROUP": group}
     return Launch(
         prepare_varlen_num_blocks_kernel,
         _grid(batch_size, slice_, 1),
@@ -103,6 +123,7 @@ def metadata_launch(problem: Problem, plan: LaunchPlan) -> Launch:
         constants,
         num_warps,
         plan.costs is not None,
+        problem.arch,
     )
 
 
@@ -116,7 +137,7 @@ def layer_groups_launch(problem: Problem, plans: Sequence[LaunchPlan]) -> Launch
     slice_, group, num_warps = launch_shape(batch_size, any_sorted, any(plan.dynamic_splits for plan in plans))
     numbers = (batch_size, problem.max_seqlen_q, problem.max_seqlen_k_new)
     layouts = tuple(map(layout_constants, plans))
-    constants = {"LAYOUTS": layouts, "CONTIGUOUS": None, "SLICE": slice_, "GROUP": group}
+    constants = {"LAYOUTS": layouts, "CONTIGUOUS": None, "EARLY": None, "SLICE": slice_, "GROUP": group}
     return Launch(
         prepare_layer_groups_kernel,
         _grid(batch_size, slice_, len(plans)),
@@ -124,6 +145,7 @@ def layer_groups_launch(problem: Problem, plans: Sequence[LaunchPlan]) -> Launch
         constants,
         num_warps,
         any(plan.costs is not None for plan in plans),
+        problem.arch,
     )
 
 
@@ -176,11 +198,11 @@ def _multiplier(tile: int) -> int:
 
 
 def layout_constants(plan: LaunchPlan) -> tuple[Any, ...]:
-    """Place of each of _ROWS or -1, number of rows, whether there is a semaphore, how splits are found, WINDOW."""
+    """Place of each of _ROWS or -1, number of rows, whether there is a semaphore, SPLITS, WINDOW, SHORT."""
     names = plan.layout.row_names
     places = (names.index(row) if row in names else -1 for row in _ROWS)
     window = plan.costs is not None and plan.is_local
-    return (*places, len(names), plan.layout.has_semaphore, _splits_constant(plan), window)
+    return (*places, len(names), plan.layout.has_semaphore, _splits_constant(plan), window, plan.is_short)
 
 
 def _splits_constant(plan: LaunchPlan) -> int:
@@ -191,6 +213,6 @@ def _splits_constant(plan: LaunchPlan) -> int:
         way = kernel.FA3_RULE
     elif plan.costs.fixed_blocks:
         way = kernel.FIXED
-    elif plan.layout.batch_size > MAX_DYNAMIC_SPLIT_BATCH:
+    elif not plan.searches_splits:
         way = kernel.LOAD
     return int(way.value)

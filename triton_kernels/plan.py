@@ -47,7 +47,16 @@ class LaunchPlan:
     dynamic_splits: bool  # sequences get splits of their own; otherwise every one has a single split
     costs: Costs | None  # policy "balanced"; None: FA3's rule
     attention_chunk: int  # in tokens; 0: none
+    max_seqlen_q: int  # in tokens
+    is_short: bool  # no sequence has 2^24 tokens or query rows
     layout: MetadataLayout
+
+    @property
+    def searches_splits(self) -> bool:
+        """Whether policy "balanced" tries several splits; with tiles enough for every SM the load alone decides."""
+        batch = self.layout.batch_size
+        tiles = batch * self.num_heads * -(-self.max_seqlen_q * self.q_heads_per_row // self.block_m)
+        return batch <= 64 or (batch <= 256 and 2 * tiles <= 3 * self.num_sms)
 
     @property
     def share_of_load(self) -> float:
@@ -130,6 +139,8 @@ def make_plan(problem: Problem, rules: FA3Rules) -> LaunchPlan:
         dynamic_splits=dynamic_splits,
         costs=costs_of(p, _compiled_kernel(p, block_m, block_n)) if balanced else None,
         attention_chunk=p.attention_chunk,
+        max_seqlen_q=p.max_seqlen_q,
+        is_short=max(p.max_seqlen_k + p.max_seqlen_k_new, p.max_seqlen_q * group) + block_m + block_n < 2**24,
         layout=MetadataLayout(
             batch_size=p.batch_size,
             row_names=tuple(row for row, when in rules.rows if conditions[when]),

@@ -119,7 +119,7 @@ def split_balanced(plan: LaunchPlan, num_m_blocks: Ints, blocks: Ints) -> Ints:
     assert plan.costs is not None
     if plan.costs.fixed_blocks:
         blocks_per_split: Ints | np.int32 = np.int32(plan.costs.fixed_blocks)
-    elif len(blocks) > MAX_DYNAMIC_SPLIT_BATCH:
+    elif not plan.searches_splits:
         blocks_per_split = _group_load(plan, num_m_blocks, blocks)
     else:
         blocks_per_split = _fastest_blocks_per_split(plan, num_m_blocks, blocks)
@@ -142,16 +142,16 @@ def _load(plan: LaunchPlan, work: Ints) -> np.float32:
 
 
 def _group_load(plan: LaunchPlan, num_m_blocks: Ints, blocks: Ints) -> Ints:
-    """Key blocks of a split above 992 sequences, for each of them: the load of an SM, guessed from its own group.
+    """Key blocks of a split where tiles are many, for each sequence: the load of an SM, guessed from its own group.
 
-    There are tiles enough to fill the SMs in any order. But the groups come one after another, each longest first,
-    so the splits of later ones are smaller: an SM that starts one of them last must not keep all others waiting.
+    Longest first, they fill the SMs in any case. But groups of 992 come one after another, so the splits of later ones
+    are smaller: an SM that starts one of them last must not keep all others waiting.
     """
     f32, work, batch = np.float32, _work(plan, num_m_blocks, blocks), len(blocks)
     found = np.ones_like(blocks)
     for start in range(0, batch, MAX_DYNAMIC_SPLIT_BATCH):
         group = slice(start, min(start + MAX_DYNAMIC_SPLIT_BATCH, batch))
-        margin = f32(1.15) - f32(0.65) * (f32(start) / f32(batch))
+        margin = f32(1.1) - f32(0.6) * (f32(start) / f32(batch))
         load = _load(plan, work[group]) * (f32(batch) / f32(group.stop - start))
         found[group] = max(np.int32(np.ceil(load * margin)), np.int32(1))
     return found

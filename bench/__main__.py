@@ -1,0 +1,34 @@
+"""python -m bench COMMAND [options]: what is measured, and what is checked on a GPU over minutes."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+COMMANDS = {
+    "metadata": "the metadata stage alone, ours beside others: device and host time by batch size",
+    "plot": "draw what `metadata` measured",
+    "schedules": "one layer's attention by FA3's schedules, by ours and by the best",
+    "decode-step": "a decode step of many layers, with metadata and without",
+    "sglang-decode": "a real SGLang's decode step, with metadata and without",
+    "stress": "random replays of captured steps, every output compared bitwise",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; its exit status. 2: there is no such command, or it cannot run with these arguments or here."""
+    arguments = sys.argv[1:] if argv is None else argv
+    usage = "\n".join(["python -m bench COMMAND [options]", *(f"  {name:14}{says}" for name, says in COMMANDS.items())])
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(usage)
+        return 0
+    if not arguments or arguments[0] not in COMMANDS:
+        print(usage, file=sys.stderr)
+        return 2
+    module = import_module(f"bench.{arguments[0].replace('-', '_')}")  # lazily: each needs other packages
+    status: int | None = module.main(arguments[1:])
+    return status or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
