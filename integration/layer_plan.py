@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from .calls import ForwardCall
 from .providers import provider_of
 from .resolved import ResolvedCall, load_launch, on_device, resolve
 from .triton_kernels.layout import padded
-from .triton_kernels.plan import MAX_DYNAMIC_SPLIT_BATCH, LaunchPlan, make_plan
+from .triton_kernels.plan import MAX_DYNAMIC_SPLIT_BATCH, make_plan
 from .triton_kernels.problem import DEFAULT_PARTIAL_BYTES, Problem, checked_int
 
 # Fields of a problem in which a forward may differ: FA3 comes to the same, or they are ours alone.
@@ -108,27 +108,18 @@ class MetadataPlan:
             batch_invariant=batch_invariant,
             max_partial_bytes=max_partial_bytes,
         )
+        if policy != "fa3" and num_splits == 0:  # one bound for every batch: that of the largest
+            self.problem = replace(self.problem, num_splits=make_plan(self.problem, self._rules).num_splits)
         self._resolved: dict[int, ResolvedCall] = {}
         self._fitting: set[tuple[ResolvedCall, Problem]] = set()  # forwards that were found to fit
-        self.sm_margin = sm_margin
+        resolved = self.resolved(self.max_batch_size).plan
+        self.num_splits, self.pack_gqa, self.sm_margin = resolved.num_splits, resolved.pack_gqa, sm_margin
         # Layouts of batches with dynamic splits may have a row more.
         some = {min(batch, self.max_batch_size) for batch in (1, MAX_DYNAMIC_SPLIT_BATCH, self.max_batch_size)}
         rows = max(len(self.resolved(batch).plan.layout.row_names) for batch in some)
         self.capacity = rows * padded(self.max_batch_size) + 1
+        self._place = 0  # in its group
         self._group = MetadataPlans([self])
-
-    @property
-    def num_splits(self) -> int:
-        """The bound on splits, for the forward: of the last update's batch, before one of the largest."""
-        return self._plan_in_use().num_splits
-
-    @property
-    def pack_gqa(self) -> bool:
-        """For the forward, likewise."""
-        return self._plan_in_use().pack_gqa
-
-    def _plan_in_use(self) -> LaunchPlan:
-        return self.resolved(self._group.last_batch_size or self.max_batch_size).plan
 
     def resolved(self, batch_size: int) -> ResolvedCall:
         """Problem and launch plan of a batch of this size."""
@@ -153,19 +144,19 @@ class MetadataPlan:
         A plan that is one of several in a `MetadataPlans` refreshes all of them.
         Raises `TypeError` or `ValueError` before the launch for lengths that the plan was not made for.
         """
-        self._group.update(
+        made = self._group.update(
             cache_seqlens,
             cu_seqlens_q=cu_seqlens_q,
             seqused_q=seqused_q,
             cu_seqlens_k_new=cu_seqlens_k_new,
             leftpad_k=leftpad_k,
         )
-        return self.metadata
+        return made[self._place]
 
     @property
     def metadata(self) -> torch.Tensor:
         """What the last `update` made. Raises `RuntimeError` before the first one."""
-        return self._group.metadata(self)
+        return self._group._current().views[self._place]
 
     def forward_arguments(self, **call: Any) -> dict[str, Any]:
         """What to add to the forward's arguments: scheduler_metadata, num_splits, pack_gqa, sm_margin.
@@ -229,6 +220,19 @@ class _Step:
         self.launch: Any = None  # for several plans on a GPU
 
 
+class _Again:
+    """An update from the very tensor of the last one."""
+
+    def __init__(self, tensor: torch.Tensor, step: _Step, launch: Callable[[], bool]) -> None:
+        self.tensor, self.step, self.launch = tensor, step, launch
+        self._address = tensor.data_ptr()
+
+    def fits(self) -> bool:
+        """Whether the tensor is still what it was: in-place operations can resize or move it."""
+        tensor = self.tensor
+        return tensor.data_ptr() == self._address and tensor.shape == (self.step.batch_size,) and tensor.is_contiguous()
+
+
 # Buffers that a CUDA graph writes to: the graph knows only their addresses, so they are never freed.
 _captured: list[torch.Tensor] = []
 
@@ -264,13 +268,9 @@ class MetadataPlans:
         self._kept = False
         self._steps: dict[int, _Step] = {}
         self._step: _Step | None = None
-        for plan in self.plans:
-            plan._group = self
-
-    @property
-    def last_batch_size(self) -> int | None:
-        """Sequences of the last update; None before the first one."""
-        return None if self._step is None else self._step.batch_size
+        self._again: _Again | None = None
+        for place, plan in enumerate(self.plans):
+            plan._group, plan._place = self, place
 
     @property
     def batch_size(self) -> int:
@@ -296,6 +296,12 @@ class MetadataPlans:
         leftpad_k: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """`MetadataPlan.update` for all plans at once; returns the metadata of each."""
+        again = self._again
+        nothing_else = cu_seqlens_q is None and seqused_q is None and cu_seqlens_k_new is None and leftpad_k is None
+        if again is not None and nothing_else and again.tensor is cache_seqlens and again.fits() and again.launch():
+            self._keep_if_captured()
+            self._step = again.step
+            return again.step.views
         given = {
             "cu_seqlens_q": cu_seqlens_q,
             "seqused_q": seqused_q,
@@ -311,8 +317,18 @@ class MetadataPlans:
         else:
             self._launch(tensors, step)
         self._keep_if_captured()
-        self._step = step
+        self._step, self._again = step, self._remember(tensors, step)
         return step.views
+
+    def _remember(self, tensors: LengthTensors, step: _Step) -> _Again | None:
+        """What refreshes the same buffer from the same tensor without looking at everything again."""
+        if self._buffer.device.type == "cpu" or self.plans[0].varying:
+            return None
+        if self._table is None:
+            launch = step.resolved[0].repeat(tensors, step.views[0])
+        else:
+            launch = step.launch.repeat((self._buffer, self._table), tensors.pointers())
+        return launch and _Again(tensors.cache_seqlens, step, launch)
 
     def _checked_batch_size(self, tensors: LengthTensors, given: Mapping[str, torch.Tensor | None]) -> int:
         first = self.plans[0]

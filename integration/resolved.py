@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,10 @@ class ResolvedCall:
         if self._launch is None:
             self._launch = kernels.metadata_launch(self.problem, self.plan)
         on_device(out.device, self._launch, (out,), tensors.pointers())
+
+    def repeat(self, tensors: LengthTensors, out: torch.Tensor) -> Callable[[], bool] | None:
+        """`launch` of the same again; None before the first. It answers whether it could: see Launch.repeat."""
+        return None if self._launch is None else self._launch.repeat((out,), tensors.pointers())
 
 
 @lru_cache(maxsize=4096)

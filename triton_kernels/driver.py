@@ -8,6 +8,7 @@ once.
 from __future__ import annotations
 
 import ctypes
+import struct
 import threading
 from collections.abc import Sequence
 from functools import lru_cache
@@ -46,12 +47,15 @@ class DriverLaunch:
     ) -> None:
         self._function: int = made.function
         self._pointers = (ctypes.c_uint64 * num_pointers)()
-        self._numbers = [ctypes.c_float(n) if isinstance(n, float) else ctypes.c_int32(n) for n in numbers]
+        formats = "".join("f" if isinstance(n, float) else "i" for n in numbers)
+        self._numbers = ctypes.create_string_buffer(struct.pack(f"<{formats}", *numbers))
         # A kernel may take pointers to scratch memory after its own parameters: this one needs none.
         self._scratch = (ctypes.c_uint64 * 2)()
-        addresses = [ctypes.addressof(self._pointers) + 8 * i for i in range(num_pointers)]
-        addresses += [ctypes.addressof(number) for number in self._numbers]
-        addresses += [ctypes.addressof(self._scratch) + 8 * i for i in range(2)]
+        pointers, words, scratch = map(ctypes.addressof, (self._pointers, self._numbers, self._scratch))
+        addresses = [
+            *range(pointers, pointers + 8 * num_pointers, 8), *range(words, words + 4 * len(formats), 4),
+            scratch, scratch + 8,
+        ]  # fmt: skip
         self._parameters = (ctypes.c_void_p * len(addresses))(*addresses)
         self._attribute = _Attribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
         threads = 32 * made.metadata.num_warps

@@ -8,7 +8,7 @@ shape, of which there are few. Batch sizes, lengths, heads, tiles and every othe
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -68,22 +68,30 @@ class Launch:
 
     def __call__(self, pointers: tuple[torch.Tensor, ...], lengths: LengthPointers) -> None:
         """Launch on the current stream and device. `lengths` are the last of the kernel's pointers."""
-        k, q, used, new, pad = lengths
-        device = k.device.index
-        contiguous = _are_contiguous(lengths)
-        key = (
-            device, contiguous, k.dtype, q is not None and q.dtype, used is not None and used.dtype,
-            new is not None and new.dtype, pad is not None and pad.dtype,
-        )  # fmt: skip
+        key = _key(lengths)
         launch = self._launches.get(key) or self._driver_launch(key, pointers, lengths)
         if launch is not None:
-            stream = torch._C._cuda_getCurrentRawStream(device)
-            if launch(stream, tuple([t.data_ptr() for t in (*pointers, *lengths) if t is not None])):
+            stream = torch._C._cuda_getCurrentRawStream(lengths[0].device.index)
+            if launch(stream, _addresses(pointers, lengths)):
                 return
+        contiguous = key[1]
         strides = _UNIT_STRIDES if contiguous else tuple(1 if t is None else t.stride(0) for t in lengths)
         constants = self._constants | {"CONTIGUOUS": contiguous}  # in the order of the kernel's parameters
         made = self._function[self._grid](*pointers, *lengths, *strides, *self._numbers, **constants, **self._options)
         _compiled[self._identity(key)] = made
+
+    def repeat(self, pointers: tuple[torch.Tensor, ...], lengths: LengthPointers) -> Callable[[], bool] | None:
+        """The same launch again, or None where Triton has to launch.
+
+        It launches on the current stream, and answers False, having done nothing, where another device is current.
+        The caller sees to it that the tensors stay as they are.
+        """
+        launch = self._launches.get(_key(lengths)) or self._driver_launch(_key(lengths), pointers, lengths)
+        if launch is None:
+            return None
+        device, addresses = lengths[0].device.index, _addresses(pointers, lengths)
+        current_device, current_stream = torch._C._cuda_getDevice, torch._C._cuda_getCurrentRawStream
+        return lambda: current_device() == device and launch(current_stream(device), addresses)
 
     def _driver_launch(
         self, key: tuple[Any, ...], pointers: tuple[torch.Tensor, ...], lengths: LengthPointers
@@ -154,6 +162,19 @@ def layer_groups_table(plans: Sequence[LaunchPlan], starts: Sequence[int]) -> to
     rows = [[*map(_bits, _numbers(plan)), start] for plan, start in zip(plans, starts, strict=True)]
     assert all(len(row) == TABLE_COLUMNS.value for row in rows)
     return torch.tensor(rows, dtype=torch.int32)
+
+
+def _key(lengths: LengthPointers) -> tuple[Any, ...]:
+    """Device, whether all are contiguous, and the dtype of each (False: not given)."""
+    k, q, used, new, pad = lengths
+    return (
+        k.device.index, _are_contiguous(lengths), k.dtype, q is not None and q.dtype, used is not None and used.dtype,
+        new is not None and new.dtype, pad is not None and pad.dtype,
+    )  # fmt: skip
+
+
+def _addresses(pointers: tuple[torch.Tensor, ...], lengths: LengthPointers) -> tuple[int, ...]:
+    return tuple([t.data_ptr() for t in (*pointers, *lengths) if t is not None])
 
 
 def _are_contiguous(lengths: LengthPointers) -> bool:
