@@ -30,18 +30,18 @@ _NO_COSTS = Costs(0.0, 0.0, 0.0)
 _UNIT_STRIDES = (1, 1, 1, 1, 1)
 _ROWS = ("num_splits_dynamic", "num_m_blocks", "packed_seqlen_q", "varlen_batch_idx", "num_nheads_in_l2")
 # GROUP -> (SLICE, num_warps), where the order is counted: measured on an H200. Small slices make many programs.
-_SORTED_SHAPES = {32: (4, 4), 64: (2, 2), 128: (2, 2), 256: (4, 4), 512: (4, 8), 1024: (4, 8)}
+_SHAPES = {32: (4, 4), 64: (4, 4), 128: (2, 2), 256: (4, 4), 512: (4, 4), 1024: (8, 4)}
+_BALANCED_SHAPES = {32: (4, 1), 64: (4, 1), 128: (4, 4), 256: (4, 4), 512: (4, 8), 1024: (8, 4)}
+_MANY = 2 * MAX_DYNAMIC_SPLIT_BATCH  # above it programs are so many that larger slices pay
 
 
-def launch_shape(batch_size: int, is_sorted: bool, dynamic_splits: bool) -> tuple[int, int, int]:
+def launch_shape(batch_size: int, is_sorted: bool, balanced: bool) -> tuple[int, int, int]:
     """(SLICE, GROUP, num_warps) for a batch. GROUP has six values, so that few kernels are compiled."""
     group = max(32, triton.next_power_of_2(min(batch_size, MAX_DYNAMIC_SPLIT_BATCH)))
     if not is_sorted or INTERPRETED:  # the interpreter's time is per program
         return group, group, max(1, min(8, group // 128))
-    if group == 1024 and not dynamic_splits:
-        return 8, group, 4
-    slice_, num_warps = _SORTED_SHAPES[group]
-    return slice_, group, num_warps
+    slice_, num_warps = (_BALANCED_SHAPES if balanced else _SHAPES)[group]
+    return slice_ if batch_size <= _MANY else 2 * slice_, group, num_warps
 
 
 class Launch:
@@ -121,7 +121,7 @@ def metadata_launch(problem: Problem, plan: LaunchPlan) -> Launch:
     triton is imported).
     """
     batch_size = plan.layout.batch_size
-    slice_, group, num_warps = launch_shape(batch_size, plan.layout.is_sorted, plan.dynamic_splits)
+    slice_, group, num_warps = launch_shape(batch_size, plan.layout.is_sorted, plan.costs is not None)
     numbers = (batch_size, problem.max_seqlen_q, problem.max_seqlen_k_new, *_numbers(plan))
     constants = {"LAYOUT": layout_constants(plan), "CONTIGUOUS": None, "EARLY": None, "SLICE": slice_, "GROUP": group}
     return Launch(
@@ -142,7 +142,7 @@ def layer_groups_launch(problem: Problem, plans: Sequence[LaunchPlan]) -> Launch
     """
     batch_size = problem.batch_size
     any_sorted = any(plan.layout.is_sorted for plan in plans)
-    slice_, group, num_warps = launch_shape(batch_size, any_sorted, any(plan.dynamic_splits for plan in plans))
+    slice_, group, num_warps = launch_shape(batch_size, any_sorted, any(plan.costs is not None for plan in plans))
     numbers = (batch_size, problem.max_seqlen_q, problem.max_seqlen_k_new)
     layouts = tuple(map(layout_constants, plans))
     constants = {"LAYOUTS": layouts, "CONTIGUOUS": None, "EARLY": None, "SLICE": slice_, "GROUP": group}
