@@ -13,7 +13,6 @@ eagerly and in a captured graph whose lengths change. Then layers are timed with
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import statistics
 import subprocess
@@ -38,7 +37,6 @@ EQUAL, SLOWER = "outputs equal", "NOT LOWER"  # of a case's line
 # sgl-kernel 0.3.21 was built for an older torch. On a newer one it raises this now and then, depending on what the
 # process's memory held before; a fresh process has a fresh memory.
 BROKEN, BROKE, TRIES = "doesn't have storage", 75, 5
-ZEROED = {"GLIBC_TUNABLES": "glibc.malloc.perturb=255:glibc.malloc.tcache_count=0"}  # memory in which it does not
 Graph = tuple[torch.cuda.CUDAGraph, list[torch.Tensor]]
 
 
@@ -257,9 +255,7 @@ def main(argv: list[str] | None = None) -> None:
     todo, slower, tries = list(range(len(all_cases))), 0, 1
     while True:
         done = 0
-        with subprocess.Popen(
-            [*command, *map(str, todo)], stdout=subprocess.PIPE, text=True, env=os.environ | ZEROED
-        ) as child:
+        with subprocess.Popen([*command, *map(str, todo)], stdout=subprocess.PIPE, text=True) as child:
             assert child.stdout is not None
             for line in child.stdout:
                 print(line, end="", flush=True)

@@ -221,7 +221,7 @@ class _Step:
 
 
 class _Again:
-    """An update from the very tensor of the last one."""
+    """An update from a tensor that it has been made from before. It is kept, so that its identity stays its own."""
 
     def __init__(self, tensor: torch.Tensor, step: _Step, launch: Callable[[], bool]) -> None:
         self.tensor, self.step, self.launch = tensor, step, launch
@@ -233,6 +233,7 @@ class _Again:
         return tensor.data_ptr() == self._address and tensor.shape == (self.step.batch_size,) and tensor.is_contiguous()
 
 
+_MOST_REMEMBERED = 32
 # Buffers that a CUDA graph writes to: the graph knows only their addresses, so they are never freed.
 _captured: list[torch.Tensor] = []
 
@@ -268,7 +269,7 @@ class MetadataPlans:
         self._kept = False
         self._steps: dict[int, _Step] = {}
         self._step: _Step | None = None
-        self._again: _Again | None = None
+        self._again: dict[int, _Again] = {}  # by the identity of the lengths
         for place, plan in enumerate(self.plans):
             plan._group, plan._place = self, place
 
@@ -296,9 +297,9 @@ class MetadataPlans:
         leftpad_k: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """`MetadataPlan.update` for all plans at once; returns the metadata of each."""
-        again = self._again
+        again = self._again.get(id(cache_seqlens))
         nothing_else = cu_seqlens_q is None and seqused_q is None and cu_seqlens_k_new is None and leftpad_k is None
-        if again is not None and nothing_else and again.tensor is cache_seqlens and again.fits() and again.launch():
+        if again is not None and nothing_else and again.fits() and again.launch():
             self._keep_if_captured()
             self._step = again.step
             return again.step.views
@@ -317,18 +318,22 @@ class MetadataPlans:
         else:
             self._launch(tensors, step)
         self._keep_if_captured()
-        self._step, self._again = step, self._remember(tensors, step)
+        self._step = step
+        self._remember(tensors, step)
         return step.views
 
-    def _remember(self, tensors: LengthTensors, step: _Step) -> _Again | None:
-        """What refreshes the same buffer from the same tensor without looking at everything again."""
+    def _remember(self, tensors: LengthTensors, step: _Step) -> None:
+        """So that the next update from the same tensor need not look at everything again."""
         if self._buffer.device.type == "cpu" or self.plans[0].varying:
-            return None
+            return
         if self._table is None:
             launch = step.resolved[0].repeat(tensors, step.views[0])
         else:
             launch = step.launch.repeat((self._buffer, self._table), tensors.pointers())
-        return launch and _Again(tensors.cache_seqlens, step, launch)
+        if launch is not None:
+            if len(self._again) >= _MOST_REMEMBERED:  # an engine keeps its lengths in one tensor, or a few
+                self._again.clear()
+            self._again[id(tensors.cache_seqlens)] = _Again(tensors.cache_seqlens, step, launch)
 
     def _checked_batch_size(self, tensors: LengthTensors, given: Mapping[str, torch.Tensor | None]) -> int:
         first = self.plans[0]

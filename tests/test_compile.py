@@ -119,7 +119,8 @@ class CompilesOnce:
         self.launches: list[dict[str, Any]] = []
 
     def __getitem__(self, grid: tuple[int, int, int]) -> Any:
-        def compile_and_launch(*args: Any, num_warps: int, **constants: Any) -> Made:
+        def compile_and_launch(*args: Any, **named: Any) -> Made:
+            constants = {name: value for name, value in named.items() if name.isupper()}  # not Triton's options
             self.launches.append(dict(zip(self.names, args, strict=False)) | constants | {"grid": grid})
             return Made()
 
@@ -193,7 +194,8 @@ floats = ("load_factor", "causal_saving", "tile_cost", "alone_cost", "split_cost
 single, several = kernel.prepare_varlen_num_blocks_kernel, kernel.prepare_layer_groups_kernel
 for function, splits in ((single, 1), (single, 2), (single, 3), (single, 4), (several, 1), (several, 2)):
     full, window = (0, 1, -1, 2, 3, 4, True, splits, False, True), (0, 1, -1, -1, 2, 3, True, splits, splits > 1, False)
-    constants = {"LAYOUT": full, "LAYOUTS": (full, window), "CONTIGUOUS": True, "EARLY": True, "SLICE": 4, "GROUP": 1024}
+    constants = {"LAYOUT": full, "LAYOUTS": (full, window), "CONTIGUOUS": True, "EARLY": True}
+    constants |= {"SLICE": 4, "GROUP": 1024}
     signature, values = {}, {}
     for parameter in function.params:
         name = parameter.name
