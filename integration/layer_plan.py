@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -220,20 +220,7 @@ class _Step:
         self.launch: Any = None  # for several plans on a GPU
 
 
-class _Again:
-    """An update from a tensor that it has been made from before. It is kept, so that its identity stays its own."""
-
-    def __init__(self, tensor: torch.Tensor, step: _Step, launch: Callable[[], bool]) -> None:
-        self.tensor, self.step, self.launch = tensor, step, launch
-        self._address = tensor.data_ptr()
-
-    def fits(self) -> bool:
-        """Whether the tensor is still what it was: in-place operations can resize or move it."""
-        tensor = self.tensor
-        return tensor.data_ptr() == self._address and tensor.shape == (self.step.batch_size,) and tensor.is_contiguous()
-
-
-_MOST_REMEMBERED = 32
+_MOST_REMEMBERED = 1024
 # Buffers that a CUDA graph writes to: the graph knows only their addresses, so they are never freed.
 _captured: list[torch.Tensor] = []
 
@@ -269,7 +256,7 @@ class MetadataPlans:
         self._kept = False
         self._steps: dict[int, _Step] = {}
         self._step: _Step | None = None
-        self._again: dict[int, _Again] = {}  # by the identity of the lengths
+        self._again: dict[Hashable, tuple[_Step, Callable[[], bool]]] = {}  # by address and kind of the lengths
         for place, plan in enumerate(self.plans):
             plan._group, plan._place = self, place
 
@@ -297,12 +284,14 @@ class MetadataPlans:
         leftpad_k: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """`MetadataPlan.update` for all plans at once; returns the metadata of each."""
-        again = self._again.get(id(cache_seqlens))
-        nothing_else = cu_seqlens_q is None and seqused_q is None and cu_seqlens_k_new is None and leftpad_k is None
-        if again is not None and nothing_else and again.fits() and again.launch():
-            self._keep_if_captured()
-            self._step = again.step
-            return again.step.views
+        key = None
+        if isinstance(cache_seqlens, torch.Tensor):  # an address tells the device, too
+            key = (cache_seqlens.data_ptr(), cache_seqlens.shape, cache_seqlens.dtype, cache_seqlens.stride())
+            again = self._again.get(key)
+            if again is not None and cu_seqlens_q is seqused_q is cu_seqlens_k_new is leftpad_k is None and again[1]():
+                self._keep_if_captured()
+                self._step = again[0]
+                return self._step.views
         given = {
             "cu_seqlens_q": cu_seqlens_q,
             "seqused_q": seqused_q,
@@ -319,11 +308,11 @@ class MetadataPlans:
             self._launch(tensors, step)
         self._keep_if_captured()
         self._step = step
-        self._remember(tensors, step)
+        self._remember(key, tensors, step)
         return step.views
 
-    def _remember(self, tensors: LengthTensors, step: _Step) -> None:
-        """So that the next update from the same tensor need not look at everything again."""
+    def _remember(self, key: Hashable, tensors: LengthTensors, step: _Step) -> None:
+        """So that the next update from lengths at the same place need not look at everything again."""
         if self._buffer.device.type == "cpu" or self.plans[0].varying:
             return
         if self._table is None:
@@ -331,9 +320,9 @@ class MetadataPlans:
         else:
             launch = step.launch.repeat((self._buffer, self._table), tensors.pointers())
         if launch is not None:
-            if len(self._again) >= _MOST_REMEMBERED:  # an engine keeps its lengths in one tensor, or a few
+            if len(self._again) >= _MOST_REMEMBERED:  # an engine keeps its lengths in one place, or a few
                 self._again.clear()
-            self._again[id(tensors.cache_seqlens)] = _Again(tensors.cache_seqlens, step, launch)
+            self._again[key] = step, launch
 
     def _checked_batch_size(self, tensors: LengthTensors, given: Mapping[str, torch.Tensor | None]) -> int:
         first = self.plans[0]

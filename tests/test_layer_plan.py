@@ -8,6 +8,7 @@ import fa3_metadata
 import pytest
 import torch
 from fa3_metadata import MetadataPlan, MetadataPlans
+from fa3_metadata.arguments import LengthTensors
 from fa3_metadata.triton_kernels import launch
 
 SHAPE: dict[str, Any] = {"num_heads": 8, "num_heads_k": 1, "headdim": 128, "page_size": 64, "max_seqlen_k": 8192}
@@ -208,3 +209,30 @@ def test_groups_must_share_their_lengths() -> None:
         MetadataPlans([plan(), plan(varying=("leftpad_k",))])
     with pytest.raises(ValueError, match="plans must hold at least one"):
         MetadataPlans([])
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_updates_from_the_same_place_are_remembered(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The short way of a GPU, with the launches in the hands of the test: what is remembered must fit the lengths."""
+    plans = MetadataPlans([plan(window_size=window) for window in ((-1, -1), (127, 0))[:groups]])
+    made: list[tuple[int, int]] = []
+
+    def remember(key: object, tensors: LengthTensors, step: Any) -> None:
+        lengths, views = tensors.cache_seqlens, step.views
+        plans._again[key] = step, lambda: made.append((lengths.data_ptr(), len(lengths))) is None and views is not None
+
+    monkeypatch.setattr(plans, "_remember", remember)
+    store = torch.randint(1, 8192, (60,), dtype=torch.int32)
+    for batch in (5, 7, 5):
+        views = plans.update(store[:batch])  # a new tensor each time, at the same address
+        assert plans.batch_size == batch
+        assert all(view.data_ptr() >= plans._buffer.data_ptr() for view in views)
+    assert made == [(store.data_ptr(), 5)]  # the third update; the first of each batch size takes the long way
+    plans.update(store[1:6])  # another address
+    plans.update(store[:10:2])  # another stride
+    plans.update(store[:5].to(torch.int64))
+    with pytest.raises(TypeError, match="cache_seqlens must have dtype int32 or int64"):
+        plans.update(store[:5].view(torch.float32))
+    with pytest.raises(ValueError, match="leftpad_k must be None"):
+        plans.update(store[:5], leftpad_k=store[:5])
+    assert len(made) == 1
