@@ -10,7 +10,8 @@ from . import ops as _ops  # noqa: F401 (registers the torch operators)
 from .api import get_scheduler_metadata, metadata_layout, unpack_metadata
 from .detect import DetectedBuild, detect_build
 from .install import install, uninstall
-from .layer_plan import MetadataPlan, MetadataPlans
+from .layer_groups import MetadataPlans
+from .layer_plan import MetadataPlan
 from .triton_kernels.layout import MetadataLayout
 from .wrapper import step, wrap_forward
 

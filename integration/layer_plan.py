@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
 import torch
 
 from .api import resolve_build
-from .arguments import LengthTensors, make_problem
+from .arguments import make_problem
 from .calls import ForwardCall
+from .layer_groups import MetadataPlans
 from .providers import provider_of
-from .resolved import ResolvedCall, load_launch, on_device, resolve
+from .resolved import ResolvedCall, resolve
 from .triton_kernels.layout import padded
 from .triton_kernels.plan import MAX_DYNAMIC_SPLIT_BATCH, make_plan
 from .triton_kernels.problem import DEFAULT_PARTIAL_BYTES, Problem, checked_int
@@ -153,6 +154,10 @@ class MetadataPlan:
         )
         return made[self._place]
 
+    def warm_up(self, batch_sizes: Iterable[int] | None = None, dtype: torch.dtype = torch.int32) -> None:
+        """Compile and plan ahead of time: see `MetadataPlans.warm_up`."""
+        self._group.warm_up(batch_sizes, dtype)
+
     @property
     def metadata(self) -> torch.Tensor:
         """What the last `update` made. Raises `RuntimeError` before the first one."""
@@ -209,166 +214,6 @@ class MetadataPlan:
                     f"({name} {wanted}), got causal={asked.causal}, window_size={asked.window_size}, "
                     f"max_seqlen_k={asked.max_seqlen_k} ({name} {got})"
                 )
-
-
-class _Step:
-    """What is kept for each batch size: the resolved calls, the views of the buffer, the launch for all."""
-
-    def __init__(self, resolved: list[ResolvedCall], views: tuple[torch.Tensor, ...]) -> None:
-        self.resolved, self.views = resolved, views
-        self.batch_size = resolved[0].problem.batch_size
-        self.launch: Any = None  # for several plans on a GPU
-
-
-_MOST_REMEMBERED = 1024
-# Buffers that a CUDA graph writes to: the graph knows only their addresses, so they are never freed.
-_captured: list[torch.Tensor] = []
-
-
-class MetadataPlans:
-    """Several plans over the same lengths, refreshed together by a single launch.
-
-    For models whose layers attend in different ways: full and sliding-window layers, or different head counts.
-    The plans must share device, query length, appended keys and the tensors that vary; after `update` each gives its
-    own `forward_arguments`.
-    """
-
-    def __init__(self, plans: Sequence[MetadataPlan]) -> None:
-        if not plans:
-            raise ValueError("plans must hold at least one MetadataPlan, got none")
-        self.plans = tuple(plans)
-        first = self.plans[0]
-        for plan in self.plans:
-            for name in ("device", "varying"):
-                if getattr(plan, name) != getattr(first, name):
-                    raise ValueError(f"plans must share {name}, got {getattr(first, name)} and {getattr(plan, name)}")
-            for name in ("max_seqlen_q", "max_seqlen_k_new"):
-                ours, theirs = getattr(plan.problem, name), getattr(first.problem, name)
-                if ours != theirs:
-                    raise ValueError(f"plans must share {name}, got {theirs} and {ours}")
-        self.max_batch_size = min(plan.max_batch_size for plan in self.plans)
-        starts = [0]
-        for plan in self.plans:
-            starts.append(starts[-1] + padded(plan.capacity))
-        self._starts = starts[:-1]
-        self._buffer = torch.empty(starts[-1], dtype=torch.int32, device=first.device)
-        self._table = self._make_table()
-        self._kept = False
-        self._steps: dict[int, _Step] = {}
-        self._step: _Step | None = None
-        self._again: dict[Hashable, tuple[_Step, Callable[[], bool]]] = {}  # by address and kind of the lengths
-        for place, plan in enumerate(self.plans):
-            plan._group, plan._place = self, place
-
-    @property
-    def batch_size(self) -> int:
-        """Sequences of the last update."""
-        return self._current().batch_size
-
-    def metadata(self, plan: MetadataPlan) -> torch.Tensor:
-        """What the last update made for `plan`."""
-        return self._current().views[self.plans.index(plan)]
-
-    def _current(self) -> _Step:
-        if self._step is None:
-            raise RuntimeError("there is no metadata yet: call update() with the step's lengths first")
-        return self._step
-
-    def update(
-        self,
-        cache_seqlens: torch.Tensor,
-        *,
-        cu_seqlens_q: torch.Tensor | None = None,
-        seqused_q: torch.Tensor | None = None,
-        cu_seqlens_k_new: torch.Tensor | None = None,
-        leftpad_k: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, ...]:
-        """`MetadataPlan.update` for all plans at once; returns the metadata of each."""
-        key = None
-        if isinstance(cache_seqlens, torch.Tensor):  # an address tells the device, too
-            key = (cache_seqlens.data_ptr(), cache_seqlens.shape, cache_seqlens.dtype, cache_seqlens.stride())
-            again = self._again.get(key)
-            if again is not None and cu_seqlens_q is seqused_q is cu_seqlens_k_new is leftpad_k is None and again[1]():
-                self._keep_if_captured()
-                self._step = again[0]
-                return self._step.views
-        given = {
-            "cu_seqlens_q": cu_seqlens_q,
-            "seqused_q": seqused_q,
-            "cu_seqlens_k_new": cu_seqlens_k_new,
-            "leftpad_k": leftpad_k,
-        }
-        tensors = LengthTensors(cache_seqlens, **given)
-        batch_size = self._checked_batch_size(tensors, given)
-        step = self._steps.get(batch_size) or self._new_step(batch_size)
-        if self._table is None:  # a single plan, or on the CPU
-            for resolved, view in zip(step.resolved, step.views, strict=True):
-                resolved.write(tensors, view)
-        else:
-            self._launch(tensors, step)
-        self._keep_if_captured()
-        self._step = step
-        self._remember(key, tensors, step)
-        return step.views
-
-    def _remember(self, key: Hashable, tensors: LengthTensors, step: _Step) -> None:
-        """So that the next update from lengths at the same place need not look at everything again."""
-        if self._buffer.device.type == "cpu" or self.plans[0].varying:
-            return
-        if self._table is None:
-            launch = step.resolved[0].repeat(tensors, step.views[0])
-        else:
-            launch = step.launch.repeat((self._buffer, self._table), tensors.pointers())
-        if launch is not None:
-            if len(self._again) >= _MOST_REMEMBERED:  # an engine keeps its lengths in one place, or a few
-                self._again.clear()
-            self._again[key] = step, launch
-
-    def _checked_batch_size(self, tensors: LengthTensors, given: Mapping[str, torch.Tensor | None]) -> int:
-        first = self.plans[0]
-        if not isinstance(tensors.cache_seqlens, torch.Tensor) or tensors.cache_seqlens.dim() != 1:
-            raise TypeError(f"cache_seqlens must be a 1-D tensor, got {tensors.cache_seqlens!r}")
-        batch_size = tensors.cache_seqlens.shape[0]
-        if batch_size > self.max_batch_size:
-            raise ValueError(
-                f"cache_seqlens must hold at most max_batch_size = {self.max_batch_size} sequences, got {batch_size}"
-            )
-        tensors.check(batch_size)
-        if tensors.cache_seqlens.device != first.device:
-            raise ValueError(f"cache_seqlens must be on {first.device}, got {tensors.cache_seqlens.device}")
-        for name, tensor in given.items():
-            if (tensor is not None) != (name in first.varying):
-                wanted = "a tensor" if name in first.varying else "None"
-                raise ValueError(f"{name} must be {wanted}, as `varying` says, got {type(tensor).__name__}")
-        return batch_size
-
-    def _new_step(self, batch_size: int) -> _Step:
-        resolved = [plan.resolved(batch_size) for plan in self.plans]
-        sizes = (one.plan.layout.size for one in resolved)
-        views = tuple(self._buffer[start : start + size] for start, size in zip(self._starts, sizes, strict=True))
-        step = self._steps[batch_size] = _Step(resolved, views)
-        return step
-
-    def _launch(self, tensors: LengthTensors, step: _Step) -> None:
-        kernels = load_launch(self._buffer.device)
-        if step.launch is None:
-            plans = [one.plan for one in step.resolved]
-            step.launch = kernels.layer_groups_launch(step.resolved[0].problem, plans)
-        on_device(self._buffer.device, step.launch, (self._buffer, self._table), tensors.pointers())
-
-    def _make_table(self) -> torch.Tensor | None:
-        """The numbers of the plans on the device. They do not depend on the batch size, so once is enough."""
-        if len(self.plans) == 1 or self._buffer.device.type == "cpu":
-            return None
-        plans = [plan.resolved(self.max_batch_size).plan for plan in self.plans]
-        table: torch.Tensor = load_launch(self._buffer.device).layer_groups_table(plans, self._starts)
-        return table.to(self._buffer.device)
-
-    def _keep_if_captured(self) -> None:
-        if self._kept or self._buffer.device.type == "cpu" or not torch.cuda.is_current_stream_capturing():
-            return
-        self._kept = True
-        _captured.extend(tensor for tensor in (self._buffer, self._table) if tensor is not None)
 
 
 def _indexed(device: torch.device) -> torch.device:

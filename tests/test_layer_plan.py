@@ -236,3 +236,15 @@ def test_updates_from_the_same_place_are_remembered(groups: int, monkeypatch: py
     with pytest.raises(ValueError, match="leftpad_k must be None"):
         plans.update(store[:5], leftpad_k=store[:5])
     assert len(made) == 1
+
+
+def test_warm_up_leaves_no_metadata_behind() -> None:
+    made = plan(max_batch_size=70, varying=("leftpad_k", "cu_seqlens_q"))
+    made.warm_up()
+    with pytest.raises(RuntimeError, match="there is no metadata yet"):
+        made.metadata  # noqa: B018
+    assert set(made._group._steps) == {1, 32, 64, 70}
+    made.warm_up([5], dtype=torch.int64)
+    assert 5 in made._group._steps
+    with pytest.raises(ValueError, match="batch_sizes must be from 0 to"):
+        made.warm_up([-1])

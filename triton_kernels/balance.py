@@ -97,7 +97,7 @@ def constants_of(gpu: str) -> dict[str, Any]:
     """The measured constants of a GPU, else those of an H200."""
     tables = [json.loads(path.read_text()) for path in sorted(_FOLDER.glob("balance_*.json"))]
     fitting = [table for table in tables if table["gpu"] == gpu]
-    return (fitting or [table for table in tables if table["gpu"] == DEFAULT_GPU])[0]  # type: ignore[no-any-return]
+    return (fitting or [table for table in tables if table["gpu"] == DEFAULT_GPU])[0]
 
 
 def _float32(value: float) -> float:

@@ -51,7 +51,8 @@ class DriverLaunch:
         self._numbers = ctypes.create_string_buffer(struct.pack(f"<{formats}", *numbers))
         # A kernel may take pointers to scratch memory after its own parameters: this one needs none.
         self._scratch = (ctypes.c_uint64 * 2)()
-        pointers, words, scratch = map(ctypes.addressof, (self._pointers, self._numbers, self._scratch))
+        pointers, words = ctypes.addressof(self._pointers), ctypes.addressof(self._numbers)
+        scratch = ctypes.addressof(self._scratch)
         addresses = [
             *range(pointers, pointers + 8 * num_pointers, 8), *range(words, words + 4 * len(formats), 4),
             scratch, scratch + 8,
@@ -65,7 +66,7 @@ class DriverLaunch:
         self._where = ctypes.addressof(self._config), ctypes.addressof(self._parameters)
         self._lock = threading.Lock()  # parameters are read from here during the call
 
-    def __call__(self, stream: int, pointers: tuple[int, ...]) -> bool:
+    def __call__(self, stream: int, pointers: list[int]) -> bool:
         """Launch; False where this thread has no CUDA context yet. Raises `RuntimeError` for any other failure."""
         config, parameters = self._where
         with self._lock:

@@ -193,4 +193,5 @@ def prepare_layer_groups_kernel(
             )  # fmt: skip
 
 
+CAN_START_EARLY = gdc_wait is not None
 INTERPRETED = not isinstance(prepare_varlen_num_blocks_kernel, triton.JITFunction)  # TRITON_INTERPRET=1

@@ -56,7 +56,7 @@ class Launch:
         num_warps: int, balanced: bool, arch: int,
     ) -> None:  # fmt: skip
         # Programmatic dependent launch: programs start while the kernel before ends, and wait for its end themselves.
-        early = arch >= 90 and not INTERPRETED and kernel.gdc_wait is not None
+        early = arch >= 90 and not INTERPRETED and kernel.CAN_START_EARLY
         self._function, self._grid, self._numbers, self._early = function, grid, numbers, early
         self._constants = constants | {"EARLY": early}
         self._options: dict[str, Any] = {"num_warps": num_warps}
@@ -173,8 +173,8 @@ def _key(lengths: LengthPointers) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def _addresses(pointers: tuple[torch.Tensor, ...], lengths: LengthPointers) -> tuple[int, ...]:
-    return tuple([t.data_ptr() for t in (*pointers, *lengths) if t is not None])
+def _addresses(pointers: tuple[torch.Tensor, ...], lengths: LengthPointers) -> list[int]:
+    return [t.data_ptr() for t in (*pointers, *lengths) if t is not None]
 
 
 def _are_contiguous(lengths: LengthPointers) -> bool:

@@ -231,5 +231,5 @@ def _num_nheads_in_l2(plan: LaunchPlan, num_n_blocks: Ints) -> Ints:
     return np.minimum(kv_heads * np.int32(plan.heads_per_l2_head), np.int32(plan.num_heads))
 
 
-def _ceil_div(a: Ints, b: int | Ints) -> Ints:
+def _ceil_div(a: Ints, b: int | np.int32 | Ints) -> Ints:
     return -(-a // b)
