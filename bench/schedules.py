@@ -1,4 +1,4 @@
-"""Judge of schedules: one layer's attention over named workloads, by FA3's schedule, by ours and by the best uniform one.
+"""Judge of schedules: one layer's attention over named workloads, by FA3's schedule, ours and the best uniform one.
 
     python -m bench schedules
 
@@ -41,12 +41,16 @@ TOLERANCE = {"bfloat16": 0.02, "float8_e4m3fn": 0.05}  # relative, of the norm
 class Result:
     workload: Workload
     times: dict[str, list[float]]  # us a layer; "none", "fa3", "balanced" or key blocks per split
-    blocks_per_split: dict[str, int]  # of the sequence with the longest splits
+    most_splits: dict[str, int]  # of any sequence, by policy
     num_splits: dict[str, int]
     floor: float  # us to read the KV once at the memory's peak bandwidth
 
     def median(self, variant: str) -> float:
         return statistics.median(self.times[variant])
+
+    @property
+    def is_swept(self) -> bool:
+        return any(name.isdigit() for name in self.times)
 
     @property
     def oracle(self) -> str:
@@ -170,16 +174,18 @@ def measure(w: Workload, forward: Callable[..., torch.Tensor], rounds: int, swee
     for name, start, end in events:
         times[name].append(start.elapsed_time(end) * 1000 / LAYERS)
     bounds = {name: more.get("num_splits", 0) for name, more in variants.items()}
-    return Result(w, times, _longest_splits(layers), bounds, layers.kv_bytes / PEAK_GB_S / 1e3)
+    return Result(w, times, _most_splits(layers), bounds, layers.kv_bytes / PEAK_GB_S / 1e3)
 
 
-def _longest_splits(layers: Layers) -> dict[str, int]:
+def _most_splits(layers: Layers) -> dict[str, int]:
+    """The splits of the sequence that has the most, by policy."""
     found = {}
     for policy in ("fa3", "balanced"):
-        tensors, problem, _, plan = plan_call(layers.problem | {"policy": policy})
-        made = fa3_metadata.get_scheduler_metadata(**layers.problem, policy=policy)
-        found[policy] = int(fa3_metadata.unpack_metadata(made, plan.layout)["num_splits_dynamic"].max()) if (
-            "num_splits_dynamic" in plan.layout.row_names) else 1  # fmt: skip
+        layout = fa3_metadata.metadata_layout(**layers.problem, policy=policy)
+        rows = fa3_metadata.unpack_metadata(
+            fa3_metadata.get_scheduler_metadata(**layers.problem, policy=policy), layout
+        )
+        found[policy] = int(rows["num_splits_dynamic"].max()) if "num_splits_dynamic" in rows else 1
     return found
 
 
@@ -189,11 +195,12 @@ def report(results: list[Result]) -> None:
           f"{'splits':>9s}{'floor':>8s}")  # fmt: skip
     print(f"{'':46s}{'':32s}{'ours':>8s}{'ours':>7s}{'oracle':>7s}{'fa3,ours':>9s}")
     for r in results:
-        oracle = r.median(r.oracle) if any(name.isdigit() for name in r.times) else math.nan
-        splits = f"{r.blocks_per_split['fa3']},{r.blocks_per_split['balanced']}"
-        print(f"{('*' if r.workload.held_out else ' ') + r.workload.name:46s}{r.median('none'):8.2f}{r.median('fa3'):8.2f}"
-              f"{r.median('balanced'):8.2f}{oracle:8.2f}{r.ratio('fa3'):8.3f}{r.ratio('none'):7.3f}"
-              f"{r.median('balanced') / oracle:7.3f}{splits:>9s}{r.floor:8.2f}")  # fmt: skip
+        none, fa3, ours = map(r.median, ("none", "fa3", "balanced"))
+        oracle = r.median(r.oracle) if r.is_swept else math.nan
+        name = ("*" if r.workload.held_out else " ") + r.workload.name
+        splits = f"{r.most_splits['fa3']},{r.most_splits['balanced']}"
+        print(f"{name:46s}{none:8.2f}{fa3:8.2f}{ours:8.2f}{oracle:8.2f}"
+              f"{fa3 / ours:8.3f}{none / ours:7.3f}{ours / oracle:7.3f}{splits:>9s}{r.floor:8.2f}")  # fmt: skip
     print("* held out: never used to fit the constants. floor: reading the KV once at the datasheet's bandwidth")
     few = [r for r in results if len(r.workload.lengths) <= 992]
     for name, some in (("up to 992 sequences", few), ("of these held out", [r for r in few if r.workload.held_out]),
@@ -203,7 +210,7 @@ def report(results: list[Result]) -> None:
             print(f"{name}: geometric mean {means[0]:.3f} x over FA3's metadata, {means[1]:.3f} x over FA3 without")
     worst = min(results, key=lambda r: r.ratio("fa3"))
     print(f"worst against FA3's metadata: {worst.ratio('fa3'):.3f} x, {worst.workload.name}")
-    swept = [r for r in results if any(name.isdigit() for name in r.times)]
+    swept = [r for r in results if r.is_swept]
     if swept:
         near = sum(r.median("balanced") <= 1.03 * r.median(r.oracle) for r in swept)
         print(f"within 3 % of the oracle: {near} of {len(swept)}")

@@ -2,9 +2,11 @@
 
     python bench/sglang_check.py
 
-Ours comes by the adapter, and by `install(wrap_forward=True)` as for versions that make none. Needs an importable SGLang with its FlashAttention-3 backend, and a Hopper GPU. A small Llama-shaped model with random
-weights runs in one process a variant, side by side on the same GPU, with CUDA graphs for batches of 1, 8 and 16; the
-batches decoded shrink and grow, and some are padded to a captured size.
+Ours comes by the adapter, and by `install(wrap_forward=True)` as for versions that make none. Needs an importable
+SGLang with its FlashAttention-3 backend, and a Hopper GPU. A small Llama-shaped model with random weights runs in one
+process a variant, side by side on the same GPU, with CUDA graphs for batches of 1, 8 and 16; the batches decoded shrink
+and grow, and some are padded to a captured size. The next tokens are drawn at random, the same for all: those of a
+model with random weights soon repeat, and then attention gives the same whatever it reads.
 """
 
 from __future__ import annotations
@@ -41,11 +43,15 @@ def make_model(folder: pathlib.Path) -> None:
 
 def decode(variant: str, folder: pathlib.Path) -> list[str]:
     """A digest of the logits of every step."""
+    import logging
+
     import numpy as np
     import torch
     from sglang import bench_one_batch
     from sglang.srt.server_args import PortArgs, ServerArgs
 
+    logging.getLogger("fa3_metadata").setLevel(logging.DEBUG)
+    logging.getLogger("fa3_metadata").addHandler(logging.StreamHandler())
     if variant == "adapter":
         from fa3_metadata.engines.sglang import attach_new_backends
 
@@ -66,8 +72,8 @@ def decode(variant: str, folder: pathlib.Path) -> list[str]:
         FlashAttentionBackend.__init__ = without
     arguments = ServerArgs(
         model_path=str(folder), load_format="dummy", attention_backend="fa3", sampling_backend="pytorch", page_size=1,
-        mem_fraction_static=0.3, max_total_tokens=100_000, cuda_graph_bs=[1, 8, 16], grammar_backend="none", disable_radix_cache=True,
-        disable_piecewise_cuda_graph=True, context_length=16384,
+        mem_fraction_static=0.3, max_total_tokens=100_000, cuda_graph_bs=[1, 8, 16], grammar_backend="none",
+        disable_radix_cache=True, disable_piecewise_cuda_graph=True, context_length=16384,
     )  # fmt: skip
     runner, _ = bench_one_batch.load_model(arguments, PortArgs.init_new(arguments), 0, 0)[:2]
     digests = []
@@ -76,7 +82,10 @@ def decode(variant: str, folder: pathlib.Path) -> list[str]:
         requests = bench_one_batch.prepare_synthetic_inputs_for_latency_test(batch_size, context)
         runner.clear()
         tokens, logits, batch = runner.extend(requests)
+        generator = torch.Generator("cuda").manual_seed(batch_size)
         for _ in range(STEPS):
+            vocabulary = int(str(CONFIG["vocab_size"]))
+            tokens = torch.randint(vocabulary, tokens.shape, generator=generator, device="cuda").to(tokens.dtype)
             tokens, logits = runner.decode(tokens, batch)
             digests.append(hashlib.sha256(logits.float().cpu().numpy().tobytes()).hexdigest())
     assert torch.isfinite(logits).all()
@@ -114,7 +123,9 @@ def main() -> None:
             sys.exit(f"{variant}: logits differ from those without metadata in {len(wrong)} steps, first {wrong[0]}")
     print(f"{len(made['none'])} decode steps, {len(set(made['none']))} distinct logits: the same bits by {VARIANTS}")
     for variant in VARIANTS[2:]:
-        said = [line for line in logs[variant].splitlines() if "metadata" in line and "fa3_metadata" in line]
+        said = [
+            line for line in logs[variant].splitlines() if "scheduler_metadata" in line or "scheduler metadata" in line
+        ]
         print(f"log of {variant}:", *said, sep="\n  ")
 
 

@@ -70,7 +70,7 @@ class DriverLaunch:
         """Launch; False where this thread has no CUDA context yet. Raises `RuntimeError` for any other failure."""
         config, parameters = self._where
         with self._lock:
-            self._pointers[:] = pointers
+            self._pointers[:] = pointers  # type: ignore[assignment]
             self._config.stream = stream
             error = _launch_function()(config, self._function, parameters, None)
         if error and error != _NO_CONTEXT:
