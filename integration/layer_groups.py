@@ -60,6 +60,7 @@ class MetadataPlans:
         self._buffer = torch.empty(starts[-1], dtype=torch.int32, device=first.device)
         self._table = self._make_table()
         self._kept = False
+        self._some_launch: Any = None  # of the last batch size that was new, to share with the next one
         self._steps: dict[int, _Step] = {}
         self._step: _Step | None = None
         self._again: dict[Hashable, tuple[_Step, Callable[[], bool]]] = {}  # by address and kind of the lengths
@@ -179,7 +180,8 @@ class MetadataPlans:
         kernels = load_launch(self._buffer.device)
         if step.launch is None:
             plans = [one.plan for one in step.resolved]
-            step.launch = kernels.layer_groups_launch(step.resolved[0].problem, plans)
+            step.launch = kernels.layer_groups_launch(step.resolved[0].problem, plans, self._some_launch)
+            self._some_launch = step.launch
         on_device(self._buffer.device, step.launch, (self._buffer, self._table), tensors.pointers())
 
     def _make_table(self) -> torch.Tensor | None:

@@ -112,6 +112,7 @@ class MetadataPlan:
         if policy != "fa3" and num_splits == 0:  # one bound for every batch: that of the largest
             self.problem = replace(self.problem, num_splits=make_plan(self.problem, self._rules).num_splits)
         self._resolved: dict[int, ResolvedCall] = {}
+        self._some_resolved: dict[bool, ResolvedCall] = {}  # of a batch up to 992, and of one above
         self._fitting: set[tuple[ResolvedCall, Problem]] = set()  # forwards that were found to fit
         resolved = self.resolved(self.max_batch_size).plan
         self.num_splits, self.pack_gqa, self.sm_margin = resolved.num_splits, resolved.pack_gqa, sm_margin
@@ -125,8 +126,10 @@ class MetadataPlan:
     def resolved(self, batch_size: int) -> ResolvedCall:
         """Problem and launch plan of a batch of this size."""
         if (found := self._resolved.get(batch_size)) is None:
-            found = resolve(replace(self.problem, batch_size=batch_size), self._rules)
-            self._resolved[batch_size] = found
+            like = self._some_resolved.get(batch_size > MAX_DYNAMIC_SPLIT_BATCH)
+            found = None if like is None else like.for_batch(batch_size)
+            found = found or resolve(replace(self.problem, batch_size=batch_size), self._rules)
+            self._resolved[batch_size] = self._some_resolved[batch_size > MAX_DYNAMIC_SPLIT_BATCH] = found
         return found
 
     def update(

@@ -11,8 +11,8 @@ import torch
 
 from .arguments import LengthTensors
 from .triton_kernels.builds import FA3Rules
-from .triton_kernels.plan import LaunchPlan, make_plan
-from .triton_kernels.problem import Problem
+from .triton_kernels.plan import LaunchPlan, make_plan, plan_for_batch
+from .triton_kernels.problem import Problem, unchecked_replace
 from .triton_kernels.reference import Lengths, reference_metadata
 
 if TYPE_CHECKING:
@@ -25,6 +25,16 @@ class ResolvedCall:
     def __init__(self, problem: Problem, plan: LaunchPlan) -> None:
         self.problem, self.plan = problem, plan
         self._launch: Launch | None = None
+        self._like: ResolvedCall | None = None  # of another batch size, whose launch this one can share
+
+    def for_batch(self, batch_size: int) -> ResolvedCall | None:
+        """The same for another batch size, without planning anew; None where that changes more than the size."""
+        plan = plan_for_batch(self.plan, self.problem, batch_size)
+        if plan is None:
+            return None
+        made = ResolvedCall(unchecked_replace(self.problem, batch_size=batch_size), plan)
+        made._like = self
+        return made
 
     def write(self, tensors: LengthTensors, out: torch.Tensor) -> None:
         """By the kernel on CUDA, by the NumPy model on CPU."""
@@ -41,7 +51,8 @@ class ResolvedCall:
         """By the Triton kernel: one launch on the current stream. Raises `RuntimeError` where it cannot run."""
         kernels = load_launch(out.device)
         if self._launch is None:
-            self._launch = kernels.metadata_launch(self.problem, self.plan)
+            like = None if self._like is None else self._like._launch
+            self._launch = kernels.metadata_launch(self.problem, self.plan, like)
         on_device(out.device, self._launch, (out,), tensors.pointers())
 
     def repeat(self, tensors: LengthTensors, out: torch.Tensor) -> Callable[[], bool] | None:

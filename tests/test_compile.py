@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ import fa3_metadata
 import pytest
 import torch
 import torch._dynamo.testing
+from fa3_metadata.resolved import resolve
 from fa3_metadata.triton_kernels import driver, launch
 
 BUILDS = ("sglang-kernel-0.4.2", "vllm-0.33.0")
@@ -215,3 +217,25 @@ def test_kernels_compile_for_hopper_anywhere() -> None:
     run = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
     assert len(run.stdout.splitlines()) == 6
+
+
+def test_another_batch_size_shares_what_does_not_depend_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the plan and of the launch: the same as if made anew, whichever batch size came before."""
+    monkeypatch.setattr(launch, "INTERPRETED", False)  # the launch shapes of a GPU
+    sizes = (1, 40, 33, 64, 65, 300, 992, 993, 1984, 1985, 5000, 31)
+    for policy, build in (("fa3", BUILDS[0]), ("fa3", BUILDS[1]), ("balanced", BUILDS[0]), ("balanced", BUILDS[1])):
+        call = arguments(lengths(1, torch.device("cpu")), build) | {"cache_seqlens": None, "policy": policy}
+        _, problem, rules, _ = fa3_metadata.api.plan_call(call)
+        like = resolve(problem, rules)
+        before = launch.metadata_launch(problem, like.plan)
+        for size in sizes:
+            anew = resolve(replace(problem, batch_size=size), rules)
+            shared = like.for_batch(size)
+            if shared is None:
+                assert (size > 992) != (like.problem.batch_size > 992)
+                shared = anew
+            assert (shared.problem, shared.plan) == (anew.problem, anew.plan)
+            made = launch.metadata_launch(shared.problem, shared.plan, before)
+            fresh = launch.metadata_launch(anew.problem, anew.plan)
+            assert vars(made) | {"_launches": {}} == vars(fresh)
+            like, before = shared, made

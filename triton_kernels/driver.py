@@ -32,46 +32,51 @@ class _Config(ctypes.Structure):
 
 
 class DriverLaunch:
-    """A kernel with its grid and numbers; `made` is what Triton compiled.
+    """A kernel with all numbers but the batch size; `made` is what Triton compiled.
 
     Args:
         made: the compiled kernel.
-        grid: programs in each dimension.
         num_pointers: how many pointers the kernel takes, before all numbers.
-        numbers: the numbers, int for int32 and float for float32 parameters.
+        strides: numbers before the batch size.
+        numbers: the batch size, which each call replaces, and the numbers after it; int for int32 and float for
+            float32 parameters.
         early: programmatic dependent launch.
     """
 
     def __init__(
-        self, made: Any, grid: tuple[int, int, int], num_pointers: int, numbers: Sequence[int | float], early: bool
+        self, made: Any, num_pointers: int, strides: Sequence[int], numbers: Sequence[int | float], early: bool
     ) -> None:
         self._function: int = made.function
         self._pointers = (ctypes.c_uint64 * num_pointers)()
-        formats = "".join("f" if isinstance(n, float) else "i" for n in numbers)
-        self._numbers = ctypes.create_string_buffer(struct.pack(f"<{formats}", *numbers))
+        words = (*strides, *numbers)
+        formats = "".join("f" if isinstance(word, float) else "i" for word in words)
+        self._words = ctypes.create_string_buffer(struct.pack(f"<{formats}", *words))
+        self._batch_size = ctypes.c_int32.from_buffer(self._words, 4 * len(strides))
         # A kernel may take pointers to scratch memory after its own parameters: this one needs none.
         self._scratch = (ctypes.c_uint64 * 2)()
-        pointers, words = ctypes.addressof(self._pointers), ctypes.addressof(self._numbers)
+        first_pointer, first_word = ctypes.addressof(self._pointers), ctypes.addressof(self._words)
         scratch = ctypes.addressof(self._scratch)
         addresses = [
-            *range(pointers, pointers + 8 * num_pointers, 8), *range(words, words + 4 * len(formats), 4),
-            scratch, scratch + 8,
+            *range(first_pointer, first_pointer + 8 * num_pointers, 8),
+            *range(first_word, first_word + 4 * len(words), 4), scratch, scratch + 8,
         ]  # fmt: skip
         self._parameters = (ctypes.c_void_p * len(addresses))(*addresses)
         self._attribute = _Attribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
-        threads = 32 * made.metadata.num_warps
+        threads, shared_bytes = 32 * made.metadata.num_warps, made.metadata.shared
         self._config = _Config(
-            *grid, threads, 1, 1, made.metadata.shared, None, ctypes.pointer(self._attribute), int(early)
-        )
+            1, 1, 1, threads, 1, 1, shared_bytes, None, ctypes.pointer(self._attribute), int(early)
+        )  # fmt: skip
         self._where = ctypes.addressof(self._config), ctypes.addressof(self._parameters)
         self._lock = threading.Lock()  # parameters are read from here during the call
 
-    def __call__(self, stream: int, pointers: list[int]) -> bool:
+    def __call__(self, stream: int, pointers: list[int], batch_size: int, grid: tuple[int, int, int]) -> bool:
         """Launch; False where this thread has no CUDA context yet. Raises `RuntimeError` for any other failure."""
-        config, parameters = self._where
+        (config, parameters), fields = self._where, self._config
         with self._lock:
             self._pointers[:] = pointers  # type: ignore[assignment]
-            self._config.stream = stream
+            self._batch_size.value = batch_size
+            fields.stream = stream
+            fields.x, fields.y, fields.z = grid
             error = _launch_function()(config, self._function, parameters, None)
         if error and error != _NO_CONTEXT:
             raise RuntimeError(f"cuLaunchKernelEx failed with CUDA error {error}")

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import triton
 
 from . import kernel
 from .balance import Costs
@@ -27,6 +26,9 @@ INTERPRETED = kernel.INTERPRETED
 # cache_seqlens, cu_seqlens_q, seqused_q, cu_seqlens_k_new, leftpad_k: 1-D, int32 or int64, any stride; or None
 LengthPointers = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 _NO_COSTS = Costs(0.0, 0.0, 0.0)
+_ONE_SPLIT, _FA3_RULE, _SEARCH, _LOAD, _FIXED = (
+    int(way.value) for way in (kernel.ONE_SPLIT, kernel.FA3_RULE, kernel.SEARCH, kernel.LOAD, kernel.FIXED)
+)
 _UNIT_STRIDES = (1, 1, 1, 1, 1)
 _ROWS = ("num_splits_dynamic", "num_m_blocks", "packed_seqlen_q", "varlen_batch_idx", "num_nheads_in_l2")
 # GROUP -> (SLICE, num_warps), where the order is counted: measured on an H200. Small slices make many programs.
@@ -37,7 +39,7 @@ _MANY = 2 * MAX_DYNAMIC_SPLIT_BATCH  # above it programs are so many that larger
 
 def launch_shape(batch_size: int, is_sorted: bool, balanced: bool) -> tuple[int, int, int]:
     """(SLICE, GROUP, num_warps) for a batch. GROUP has six values, so that few kernels are compiled."""
-    group = max(32, triton.next_power_of_2(min(batch_size, MAX_DYNAMIC_SPLIT_BATCH)))
+    group = max(32, 1 << max(0, min(batch_size, MAX_DYNAMIC_SPLIT_BATCH) - 1).bit_length())
     if not is_sorted or INTERPRETED:  # the interpreter's time is per program
         return group, group, max(1, min(8, group // 128))
     slice_, num_warps = (_BALANCED_SHAPES if balanced else _SHAPES)[group]
@@ -53,18 +55,26 @@ class Launch:
 
     def __init__(
         self, function: Any, grid: tuple[int, int, int], numbers: tuple[int | float, ...], constants: dict[str, Any],
-        num_warps: int, balanced: bool, arch: int,
+        kind: tuple[int, ...], balanced: bool, arch: int,
     ) -> None:  # fmt: skip
+        self.kind = kind  # slice, group, warps, and how splits are found: what may change with the batch size
         # Programmatic dependent launch: programs start while the kernel before ends, and wait for its end themselves.
         early = arch >= 90 and not INTERPRETED and kernel.CAN_START_EARLY
         self._function, self._grid, self._numbers, self._early = function, grid, numbers, early
+        self._batch_size = int(numbers[0])
         self._constants = constants | {"EARLY": early}
-        self._options: dict[str, Any] = {"num_warps": num_warps}
+        self._options: dict[str, Any] = {"num_warps": kind[2]}
         if early:
             self._options["launch_pdl"] = True
         if balanced:  # the NumPy model rounds after every operation
             self._options["enable_fp_fusion"] = False
         self._launches: dict[tuple[Any, ...], DriverLaunch] = {}
+
+    def for_batch(self, batch_size: int, grid: tuple[int, int, int]) -> Launch:
+        """The same kernel for another batch size."""
+        made = object.__new__(Launch)
+        vars(made).update(vars(self), _batch_size=batch_size, _grid=grid, _numbers=(batch_size, *self._numbers[1:]))
+        return made
 
     def __call__(self, pointers: tuple[torch.Tensor, ...], lengths: LengthPointers) -> None:
         """Launch on the current stream and device. `lengths` are the last of the kernel's pointers."""
@@ -72,7 +82,7 @@ class Launch:
         launch = self._launches.get(key) or self._driver_launch(key, pointers, lengths)
         if launch is not None:
             stream = torch._C._cuda_getCurrentRawStream(lengths[0].device.index)
-            if launch(stream, _addresses(pointers, lengths)):
+            if launch(stream, _addresses(pointers, lengths), self._batch_size, self._grid):
                 return
         contiguous = key[1]
         strides = _UNIT_STRIDES if contiguous else tuple(1 if t is None else t.stride(0) for t in lengths)
@@ -91,7 +101,8 @@ class Launch:
             return None
         device, addresses = lengths[0].device.index, _addresses(pointers, lengths)
         current_device, current_stream = torch._C._cuda_getDevice, torch._C._cuda_getCurrentRawStream
-        return lambda: current_device() == device and launch(current_stream(device), addresses)
+        batch_size, grid = self._batch_size, self._grid
+        return lambda: current_device() == device and launch(current_stream(device), addresses, batch_size, grid)
 
     def _driver_launch(
         self, key: tuple[Any, ...], pointers: tuple[torch.Tensor, ...], lengths: LengthPointers
@@ -101,8 +112,7 @@ class Launch:
         if made is None or not contiguous or not can_launch(made):
             return None
         num_pointers = sum(t is not None for t in (*pointers, *lengths))
-        numbers = (*_UNIT_STRIDES, *self._numbers)
-        self._launches[key] = DriverLaunch(made, self._grid, num_pointers, numbers, self._early)
+        self._launches[key] = DriverLaunch(made, num_pointers, _UNIT_STRIDES, self._numbers, self._early)
         return self._launches[key]
 
     def _identity(self, key: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -113,8 +123,10 @@ class Launch:
 _compiled: dict[tuple[Any, ...], Any] = {}  # Launch._identity -> what Triton made
 
 
-def metadata_launch(problem: Problem, plan: LaunchPlan) -> Launch:
+def metadata_launch(problem: Problem, plan: LaunchPlan, like: Launch | None = None) -> Launch:
     """The launch that writes one plan's metadata; called with (out,) and the lengths.
+
+    `like` is that of the same plan for another batch size; what can be shared with it need not be made again.
 
     `out` is int32, contiguous, of at least `plan.layout.size` elements; lengths are on its device. A call reads nothing
     back, allocates nothing and does not synchronise. CPU tensors need Triton's interpreter (TRITON_INTERPRET=1 before
@@ -122,39 +134,32 @@ def metadata_launch(problem: Problem, plan: LaunchPlan) -> Launch:
     """
     batch_size = plan.layout.batch_size
     slice_, group, num_warps = launch_shape(batch_size, plan.layout.is_sorted, plan.costs is not None)
+    grid = _grid(batch_size, slice_, 1)
+    kind = (slice_, group, num_warps, _splits_constant(plan))
+    if like is not None and like.kind == kind:
+        return like.for_batch(batch_size, grid)
     numbers = (batch_size, problem.max_seqlen_q, problem.max_seqlen_k_new, *_numbers(plan))
     constants = {"LAYOUT": layout_constants(plan), "CONTIGUOUS": None, "EARLY": None, "SLICE": slice_, "GROUP": group}
-    return Launch(
-        prepare_varlen_num_blocks_kernel,
-        _grid(batch_size, slice_, 1),
-        numbers,
-        constants,
-        num_warps,
-        plan.costs is not None,
-        problem.arch,
-    )
+    balanced = plan.costs is not None
+    return Launch(prepare_varlen_num_blocks_kernel, grid, numbers, constants, kind, balanced, problem.arch)
 
 
-def layer_groups_launch(problem: Problem, plans: Sequence[LaunchPlan]) -> Launch:
+def layer_groups_launch(problem: Problem, plans: Sequence[LaunchPlan], like: Launch | None = None) -> Launch:
     """The same for several plans at once; called with (out, table), where `table` is `layer_groups_table(...)`.
 
     The plans share batch size, query length and appended keys, which are taken from `problem`.
     """
     batch_size = problem.batch_size
-    any_sorted = any(plan.layout.is_sorted for plan in plans)
-    slice_, group, num_warps = launch_shape(batch_size, any_sorted, any(plan.costs is not None for plan in plans))
+    any_sorted, balanced = any(plan.layout.is_sorted for plan in plans), any(plan.costs is not None for plan in plans)
+    slice_, group, num_warps = launch_shape(batch_size, any_sorted, balanced)
+    grid = _grid(batch_size, slice_, len(plans))
+    kind = (slice_, group, num_warps, *map(_splits_constant, plans))
+    if like is not None and like.kind == kind:
+        return like.for_batch(batch_size, grid)
     numbers = (batch_size, problem.max_seqlen_q, problem.max_seqlen_k_new)
     layouts = tuple(map(layout_constants, plans))
     constants = {"LAYOUTS": layouts, "CONTIGUOUS": None, "EARLY": None, "SLICE": slice_, "GROUP": group}
-    return Launch(
-        prepare_layer_groups_kernel,
-        _grid(batch_size, slice_, len(plans)),
-        numbers,
-        constants,
-        num_warps,
-        any(plan.costs is not None for plan in plans),
-        problem.arch,
-    )
+    return Launch(prepare_layer_groups_kernel, grid, numbers, constants, kind, balanced, problem.arch)
 
 
 def layer_groups_table(plans: Sequence[LaunchPlan], starts: Sequence[int]) -> torch.Tensor:
@@ -190,8 +195,8 @@ def _are_contiguous(lengths: LengthPointers) -> bool:
 
 
 def _grid(batch_size: int, slice_: int, layer_groups: int) -> tuple[int, int, int]:
-    slices = triton.cdiv(min(padded(batch_size), MAX_DYNAMIC_SPLIT_BATCH), slice_)  # the padding is written, too
-    return slices or 1, triton.cdiv(batch_size, MAX_DYNAMIC_SPLIT_BATCH) or 1, layer_groups
+    slices = -(-min(padded(batch_size), MAX_DYNAMIC_SPLIT_BATCH) // slice_)  # the padding is written, too
+    return slices or 1, -(-batch_size // MAX_DYNAMIC_SPLIT_BATCH) or 1, layer_groups
 
 
 def _numbers(plan: LaunchPlan) -> tuple[int | float, ...]:
@@ -227,13 +232,10 @@ def layout_constants(plan: LaunchPlan) -> tuple[Any, ...]:
 
 
 def _splits_constant(plan: LaunchPlan) -> int:
-    way = kernel.SEARCH
     if not plan.dynamic_splits:
-        way = kernel.ONE_SPLIT
-    elif plan.costs is None:
-        way = kernel.FA3_RULE
-    elif plan.costs.fixed_blocks:
-        way = kernel.FIXED
-    elif not plan.searches_splits:
-        way = kernel.LOAD
-    return int(way.value)
+        return _ONE_SPLIT
+    if plan.costs is None:
+        return _FA3_RULE
+    if plan.costs.fixed_blocks:
+        return _FIXED
+    return _SEARCH if plan.searches_splits else _LOAD

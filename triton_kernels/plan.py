@@ -15,7 +15,7 @@ import numpy as np
 from .balance import Costs, balanced_num_splits, costs_of
 from .builds import MIB, FA3Rules, unsupported_reason
 from .layout import MetadataLayout
-from .problem import Problem
+from .problem import Problem, unchecked_replace
 from .tiles import find_tile
 
 MAX_DYNAMIC_SPLIT_BATCH = 992  # above it FA3 stops splitting; also the size of a sorting group
@@ -149,6 +149,14 @@ def make_plan(problem: Problem, rules: FA3Rules) -> LaunchPlan:
             pack_gqa=pack_gqa,
         ),
     )
+
+
+def plan_for_batch(plan: LaunchPlan, problem: Problem, batch_size: int) -> LaunchPlan | None:
+    """`plan` of `problem` for another batch size; None where more than that would change."""
+    same_side = (batch_size > MAX_DYNAMIC_SPLIT_BATCH) == (problem.batch_size > MAX_DYNAMIC_SPLIT_BATCH)
+    if not same_side or (plan.costs is not None and not problem.num_splits):  # whose bound depends on the batch size
+        return None
+    return unchecked_replace(plan, layout=unchecked_replace(plan.layout, batch_size=batch_size))
 
 
 def _normalise_mask(p: Problem) -> tuple[bool, bool, tuple[int, int]]:
