@@ -117,7 +117,18 @@ class Decode:
         return self.buffer[:n]
 
     def attend(self, page_table: torch.Tensor, scheduler_metadata: torch.Tensor | None) -> list[torch.Tensor]:
-        """The output of every layer; its call is that of SGLang's `forward_decode`."""
+        """The output of every layer; its call is that of SGLang's `forward_decode`.
+
+        A torch of today tells Python when a tensor gets its second C++ reference and when it loses it; sgl-kernel
+        0.3.21, compiled for an older one, does not. So what it is given has a second one here already.
+        """
+        given = [
+            page_table,
+            self.cache_seqlens,
+            self.cu_seqlens_q,
+            *(tensor for layer in self.layers for tensor in layer),
+        ]
+        _held = torch._C.ScriptList(given + ([] if scheduler_metadata is None else [scheduler_metadata]))
         return [
             self.flash_attn_with_kvcache(
                 q=q,

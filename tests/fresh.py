@@ -13,10 +13,21 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
+import torch
+
 BROKEN = "doesn't have storage"  # part of what it raises then
 PROCESSES = 10
 ROOT = pathlib.Path(__file__).parent.parent
 _DONE = "one case is done"
+
+
+def hold(*tensors: torch.Tensor | None) -> Any:
+    """A second C++ reference to each, for as long as the result lives.
+
+    A torch of today tells Python when a tensor gets its second C++ reference and when it loses it; code compiled for
+    an older one does not, so that Python's count goes wrong wherever such code takes or drops that reference.
+    """
+    return torch._C.ScriptList([tensor for tensor in tensors if tensor is not None])  # type: ignore[attr-defined]
 
 
 def in_fresh_processes(check: Callable[..., None], cases: Sequence[tuple[Any, ...]]) -> None:

@@ -20,7 +20,7 @@ from fa3_metadata.providers import load_forward
 from fa3_metadata.triton_kernels.problem import POLICIES
 
 from .cases import POISON
-from .fresh import in_fresh_processes
+from .fresh import hold, in_fresh_processes
 from .test_gpu_wheels import PACKAGE, WHEEL, needs_wheel
 from .vllm_stand_in import check, gqa_builder, make_batch, mla_builder, stand_in
 
@@ -133,10 +133,15 @@ def check_kind(kind: str) -> None:
         call, cache_names = for_vllm(call), ("k", "v")
     caches = [call[name] for name in cache_names]
     fresh = [cache.clone() for cache in caches]
-    forward = load_forward(str(WHEEL))
+    installed = load_forward(str(WHEEL))
     handed: list[torch.Tensor | None] = []
 
-    @functools.wraps(forward)  # with its signature, which the wrapper reads
+    @functools.wraps(installed)  # with its signature, which the wrapper reads
+    def forward(**call: Any) -> Any:
+        _held = hold(*(value for value in call.values() if isinstance(value, torch.Tensor)))
+        return installed(**call)
+
+    @functools.wraps(installed)
     def spy(**call: Any) -> Any:
         handed.append(call.get("scheduler_metadata"))
         return forward(**call)

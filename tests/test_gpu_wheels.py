@@ -17,7 +17,7 @@ from fa3_metadata.triton_kernels.builds import package_of
 
 from .cases import POISON, Case, boundary_case, random_case
 from .conftest import HAS_GPU
-from .fresh import BROKEN, in_fresh_processes
+from .fresh import BROKEN, hold, in_fresh_processes
 
 pytestmark = pytest.mark.gpu
 
@@ -140,6 +140,7 @@ def compare_forward(lengths: str, mask: str, heads: tuple[int, int]) -> None:
             metadata = fa3_metadata.get_scheduler_metadata(
                 **batch.problem_arguments(), num_splits=num_splits, build=WHEEL
             )
+            _held = hold(metadata, batch.q, batch.k_cache, batch.v_cache, batch.page_table, batch.cache_seqlens)
             expected = attend(str(WHEEL), batch, None, num_splits)
             for layer in range(2):  # the semaphore must be zero again after each use
                 got = attend(str(WHEEL), batch, metadata, num_splits)

@@ -2,7 +2,7 @@
 
 FA3's own rule looks at the batch's total alone. Here the number of key blocks in a split is chosen to minimise the
 predicted time of the attention and combine kernels. The model has four constants a kernel, measured by
-`fa3-metadata tune` and kept in balance_*.json:
+`fa3-metadata tune balance` and kept in balance_*.json or in the cache folder (tables.py):
 
     shared_us     a key block when every SM works, that is, at the memory's full bandwidth
     alone_us      a key block on an SM that has the memory to itself
@@ -15,20 +15,18 @@ balanced_kernel.py compute the prediction, in units of shared_us.
 
 from __future__ import annotations
 
-import json
-import pathlib
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from .problem import DEFAULT_GPU, Problem
+from .problem import Problem
+from .tables import Table, find_table
 
 NUM_CANDIDATES = 8  # for the key blocks of a split, see reference.py
 _MAX_SPLITS = 128  # what FA3's heuristic allows, too
 _MIN_COMBINE_SPLITS = 32  # the combine kernel costs the same up to here
-_FOLDER = pathlib.Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -94,10 +92,21 @@ def balanced_num_splits(problem: Problem, tiles_of_a_sequence: int, num_n_blocks
 
 @lru_cache(maxsize=16)
 def constants_of(gpu: str) -> dict[str, Any]:
-    """The measured constants of a GPU, else those of an H200."""
-    tables = [json.loads(path.read_text()) for path in sorted(_FOLDER.glob("balance_*.json"))]
-    fitting = [table for table in tables if table["gpu"] == gpu]
-    return (fitting or [table for table in tables if table["gpu"] == DEFAULT_GPU])[0]
+    """The constants of a GPU: tuned on this machine, else shipped, else those of an H200."""
+    return find_table("balance", gpu, check_constants)
+
+
+def check_constants(table: Table) -> None:
+    """Raise `KeyError`, `TypeError` or `ValueError` for a table that `costs_of` cannot use."""
+    positive = [table["num_sms"], table["bandwidth_gb_s"]]
+    at_least_zero = [table["per_split_us"]]
+    for one in table["kernels"]:
+        if len(one["kernel"]) != 5:
+            raise ValueError(f"{one['kernel']} is not [element size, head dim, head dim of v, kBlockM, kBlockN]")
+        positive += [one["shared_us"], one["alone_us"]]
+        at_least_zero.append(one["tile_us"])
+    if not table["kernels"] or min(positive) <= 0 or min(at_least_zero) < 0:
+        raise ValueError("there must be kernels, and no constant may be negative")
 
 
 def _float32(value: float) -> float:
