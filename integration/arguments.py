@@ -79,7 +79,7 @@ def _cuda_device_name(index: int) -> str:
 
 
 def gpu_name(device: torch.device | None) -> str:
-    """The GPU whose measured constants policy "balanced" uses: a CUDA device's, else an H200's."""
+    """The GPU whose measured tables are used: a CUDA device's, else an H200's."""
     if device is None or device.type != "cuda":
         return DEFAULT_GPU
     return _cuda_device_name(torch.cuda.current_device() if device.index is None else device.index)
@@ -111,7 +111,7 @@ def make_problem(
         qkv_dtype=dtype_name(qkv_dtype),
         arch=arch,
         num_sms=num_sms,
-        gpu=gpu_name(device) if static.get("policy") == "balanced" else DEFAULT_GPU,
+        gpu=gpu_name(device),
         **static,  # type: ignore[arg-type]
     )
 

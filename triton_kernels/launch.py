@@ -19,8 +19,9 @@ from .driver import DriverLaunch, can_launch
 from .kernel import TABLE_COLUMNS, prepare_layer_groups_kernel, prepare_varlen_num_blocks_kernel
 from .layout import padded
 from .plan import MAX_DYNAMIC_SPLIT_BATCH, LaunchPlan
-from .problem import Problem
+from .problem import DEFAULT_GPU, Problem
 from .reciprocal import approximate_reciprocal
+from .shapes import GROUPS, MANY, shipped_shapes
 
 INTERPRETED = kernel.INTERPRETED
 # cache_seqlens, cu_seqlens_q, seqused_q, cu_seqlens_k_new, leftpad_k: 1-D, int32 or int64, any stride; or None
@@ -31,19 +32,15 @@ _ONE_SPLIT, _FA3_RULE, _SEARCH, _LOAD, _FIXED = (
 )
 _UNIT_STRIDES = (1, 1, 1, 1, 1)
 _ROWS = ("num_splits_dynamic", "num_m_blocks", "packed_seqlen_q", "varlen_batch_idx", "num_nheads_in_l2")
-# GROUP -> (SLICE, num_warps), where the order is counted: measured on an H200. Small slices make many programs.
-_SHAPES = {32: (4, 4), 64: (4, 4), 128: (2, 2), 256: (4, 4), 512: (4, 4), 1024: (8, 4)}
-_BALANCED_SHAPES = {32: (4, 1), 64: (4, 1), 128: (4, 4), 256: (4, 4), 512: (4, 8), 1024: (8, 4)}
-_MANY = 2 * MAX_DYNAMIC_SPLIT_BATCH  # above it programs are so many that larger slices pay
 
 
-def launch_shape(batch_size: int, is_sorted: bool, balanced: bool) -> tuple[int, int, int]:
+def launch_shape(batch_size: int, is_sorted: bool, balanced: bool, gpu: str = DEFAULT_GPU) -> tuple[int, int, int]:
     """(SLICE, GROUP, num_warps) for a batch. GROUP has six values, so that few kernels are compiled."""
-    group = max(32, 1 << max(0, min(batch_size, MAX_DYNAMIC_SPLIT_BATCH) - 1).bit_length())
+    group = max(GROUPS[0], 1 << max(0, min(batch_size, MAX_DYNAMIC_SPLIT_BATCH) - 1).bit_length())
     if not is_sorted or INTERPRETED:  # the interpreter's time is per program
         return group, group, max(1, min(8, group // 128))
-    slice_, num_warps = (_BALANCED_SHAPES if balanced else _SHAPES)[group]
-    return slice_ if batch_size <= _MANY else 2 * slice_, group, num_warps
+    slice_, num_warps = shipped_shapes(gpu).find(group, balanced, batch_size > MANY)
+    return slice_, group, num_warps
 
 
 class Launch:
@@ -133,7 +130,7 @@ def metadata_launch(problem: Problem, plan: LaunchPlan, like: Launch | None = No
     triton is imported).
     """
     batch_size = plan.layout.batch_size
-    slice_, group, num_warps = launch_shape(batch_size, plan.layout.is_sorted, plan.costs is not None)
+    slice_, group, num_warps = launch_shape(batch_size, plan.layout.is_sorted, plan.costs is not None, problem.gpu)
     grid = _grid(batch_size, slice_, 1)
     kind = (slice_, group, num_warps, _splits_constant(plan))
     if like is not None and like.kind == kind:
@@ -151,7 +148,7 @@ def layer_groups_launch(problem: Problem, plans: Sequence[LaunchPlan], like: Lau
     """
     batch_size = problem.batch_size
     any_sorted, balanced = any(plan.layout.is_sorted for plan in plans), any(plan.costs is not None for plan in plans)
-    slice_, group, num_warps = launch_shape(batch_size, any_sorted, balanced)
+    slice_, group, num_warps = launch_shape(batch_size, any_sorted, balanced, problem.gpu)
     grid = _grid(batch_size, slice_, len(plans))
     kind = (slice_, group, num_warps, *map(_splits_constant, plans))
     if like is not None and like.kind == kind:

@@ -80,7 +80,7 @@ class Problem:
     policy: str = "fa3"  # one of POLICIES
     batch_invariant: bool = False  # "balanced": the splits of a sequence depend on its own length alone
     max_partial_bytes: int = DEFAULT_PARTIAL_BYTES  # "balanced": of the forward's partial outputs
-    gpu: str = DEFAULT_GPU  # "balanced": the name whose measured constants are used
+    gpu: str = DEFAULT_GPU  # its name, for what was measured on it: launch shapes, and the constants of "balanced"
 
     def __post_init__(self) -> None:
         if self.qkv_dtype not in ELEMENT_SIZE:
