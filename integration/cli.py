@@ -1,4 +1,4 @@
-"""The command line: `fa3-metadata demo` and `fa3-metadata explain`."""
+"""The command line: `fa3-metadata demo`, `fa3-metadata explain` and `fa3-metadata tune`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from .demo import MismatchError, allow_interpreter, checks
 from .detect import detect_build
 from .models import MODELS
 from .report import Explanation, explain
+from .triton_kernels.problem import POLICIES
+from .tune import add_options as add_tune_options
+from .tune import run as run_tune
 
 _DEMO_LENGTHS = "65536,16384,8192x2,4096x4,1024x8,300x16"
 
@@ -49,6 +52,10 @@ def _add_call_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", choices=sorted(MODELS), help="heads and head dims of a model")
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks that share the model's heads")
     parser.add_argument("--build", help='FA3 build, such as "vllm-0.33.0" (default: what is installed)')
+    parser.add_argument("--policy", choices=POLICIES, help="fa3: FA3's own schedule (default); balanced: ours")
+    parser.add_argument(
+        "--batch-invariant", action="store_const", const=True, help="balanced: splits by a sequence's own length alone"
+    )
     parser.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--all", action="store_true", help="print every sequence of a long batch")
@@ -77,6 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     explain_.add_argument("--has-softcap", action="store_const", const=True)
     explain_.add_argument("--pack-gqa", action=argparse.BooleanOptionalAction)
     explain_.add_argument("--no-check", action="store_true", help="do not run the checks")
+    tune = commands.add_parser("tune", help="measure this machine's GPU, once, for what is tuned to a GPU")
+    add_tune_options(tune, _Parser)
     return parser
 
 
@@ -152,11 +161,14 @@ def _show(options: argparse.Namespace, explanation: Explanation, arguments: dict
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point: 0, or 1 where a check failed, or 2 with one line on stderr for a mistake in the input."""
+    """Entry point: 0, or 1 where a check failed, or 2 with one line on stderr for what cannot be done."""
     parser = _parser()
     options = parser.parse_args(argv)
     allow_interpreter()
     try:
+        if options.command == "tune":
+            run_tune(options, lambda line: print(line, flush=True))
+            return 0
         arguments = _call_arguments(options)
         reason = detect_build().reason if options.build is None else "given"
         explanation = explain(arguments, reason)

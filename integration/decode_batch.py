@@ -23,6 +23,7 @@ class DecodeBatch:
     cache_seqlens: torch.Tensor  # [b], int32
     causal: bool = False
     window_size: tuple[int, int] = (-1, -1)
+    qv: torch.Tensor | None = None  # [b, max_seqlen_q, h, dv], for MLA
 
     @property
     def max_seqlen_k(self) -> int:
@@ -105,6 +106,8 @@ def attend(
     }
     forward = load_forward(build)
     if package_of(build) == "vllm":
+        if batch.qv is not None:
+            common["q_v"] = batch.qv.flatten(0, 1)
         rows = batch.q.shape[0] * batch.q.shape[1]
         starts = torch.arange(0, rows + 1, batch.q.shape[1], dtype=torch.int32, device=batch.q.device)
         out: torch.Tensor = forward(
@@ -113,6 +116,8 @@ def attend(
             fa_version=3, **common,
         )  # fmt: skip
         return out.view(*batch.q.shape[:3], -1)
+    if batch.qv is not None:
+        common["qv"] = batch.qv
     return forward(
         batch.q, batch.k_cache, batch.v_cache, cache_seqlens=batch.cache_seqlens, page_table=batch.page_table,
         window_size=batch.window_size, **common,

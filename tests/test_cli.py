@@ -6,6 +6,7 @@ import json
 import pathlib
 
 import pytest
+import torch
 from fa3_metadata import cli, demo
 from fa3_metadata.models import MODELS
 
@@ -69,6 +70,56 @@ def test_every_model_can_be_explained(capsys: pytest.CaptureFixture[str], model:
     assert "4 sequences" in run(capsys, "explain", "--model", model, "--cache-seqlens", "9000,5x3", "--build", build)
 
 
+def test_balanced_says_so_and_what_it_goes_by(capsys: pytest.CaptureFixture[str]) -> None:
+    skewed = [*SHAPE, "--cache-seqlens", "512,300x3", "--page-size", "64", "--causal"]
+    fa3 = run(capsys, *skewed)
+    assert "policy" not in fa3
+    assert run(capsys, *skewed, "--policy", "fa3") == fa3
+    balanced = run(capsys, *skewed, "--policy", "balanced")
+    for expected in ("policy      balanced; in key blocks at full bandwidth, on NVIDIA H200: a tile ",
+                     "what may pay, within max_partial_bytes", "bit for bit"):  # fmt: skip
+        assert expected in balanced
+    invariant = run(capsys, *skewed, "--policy", "balanced", "--batch-invariant")
+    assert "policy      balanced; batch invariant, " in invariant
+    long = [*SHAPE, "--cache-seqlens", "5000", "--max-seqlen-q", "5000", "--no-check"]
+    assert "left to FA3's rule" in run(capsys, *long, "--policy", "balanced")
+
+
+def test_balanced_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    call = [*SHAPE, "--cache-seqlens", "512", "--json", "--no-check"]
+    assert "policy" not in json.loads(run(capsys, *call))
+    explained = json.loads(run(capsys, *call, "--policy", "balanced"))
+    assert explained["sequences"][0]["splits"] > 1, "which FA3 would not split"
+    constants = explained["policy"].pop("constants")
+    assert explained["policy"] == {"name": "balanced", "batch_invariant": False}
+    assert constants.pop("gpu") == "NVIDIA H200" or HAS_GPU
+    assert constants.pop("fixed_blocks") is None
+    assert all(0 < value < 100 for value in constants.values())
+    assert len(constants) == 3
+
+
+def test_the_demo_of_balanced(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = run(capsys, "demo", "--build", "sglang-kernel-0.4.2", "--policy", "balanced")
+    assert "policy      balanced; " in printed
+    assert "num_splits  at most 128" in printed
+    assert "NumPy model" in printed
+
+
+def test_outputs_are_compared_sequence_by_sequence() -> None:
+    """A sequence that is wrong does not hide behind longer ones, and rounding is not an error."""
+    wanted = torch.ones(3, 1, 2, 4)
+    wanted[2] = 0
+    close = wanted * 1.01
+    assert demo._difference(close, wanted, "a wheel") == "at most 1.0e-02 apart in any sequence, relative"
+    for sequence in (1, 2):
+        wrong = wanted.clone()
+        wrong[sequence] += 0.05
+        with pytest.raises(demo.MismatchError, match="the forward of a wheel is off by"):
+            demo._difference(wrong, wanted, "a wheel")
+    with pytest.raises(demo.MismatchError):
+        demo._difference(wanted * float("nan"), wanted, "a wheel")
+
+
 def test_an_empty_batch(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:
     path = tmp_path / "call.json"
     path.write_text('{"num_heads": 8, "num_heads_k": 1, "headdim": 128, "cache_seqlens": []}')
@@ -77,7 +128,8 @@ def test_an_empty_batch(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Pa
 
 MISTAKES = [
     ([], "required: command"),
-    (["tune"], "invalid choice: 'tune'"),
+    (["draw"], "invalid choice: 'draw'"),
+    (["tune"], "required: what"),
     (["explain"], "cache_seqlens is needed"),
     ([*SHAPE, "--cache-seqlens", "5x"], "must be like 65536,256x1023 (length, or length x count), got '5x'"),
     ([*SHAPE, "--cache-seqlens", "-5"], "must be like"),
@@ -90,6 +142,8 @@ MISTAKES = [
     (["explain", "--cache-seqlens", "5"], "num_heads, num_heads_k, headdim needed: give --model"),
     (["explain", "--model", "gpt-2", "--cache-seqlens", "5"], "invalid choice: 'gpt-2'"),
     (["explain", "--model", "llama-3.1-8b", "--tp", "5", "--cache-seqlens", "5"], "tp must divide the 32 q heads"),
+    ([*SHAPE, "--cache-seqlens", "5", "--policy", "fast"], "invalid choice: 'fast'"),
+    ([*SHAPE, "--cache-seqlens", "5", "--batch-invariant"], 'batch_invariant needs policy "balanced"'),
     (
         ["explain", "--model", "llama-3.1-8b", "--build", "torch-1", "--cache-seqlens", "5"],
         "build 'torch-1' is not known",

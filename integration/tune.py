@@ -1,0 +1,189 @@
+"""`fa3-metadata tune`: measures this machine's GPU once, and writes the tables that the library then uses.
+
+    fa3-metadata tune launch     launch shapes of the metadata kernel (triton_kernels/shapes.py)
+    fa3-metadata tune balance    constants of policy "balanced" (triton_kernels/balance.py), by the installed FA3
+
+Launch shapes are not left to `triton.autotune`. It would have to be what production launches through, would then
+measure whenever a key is new, in the middle of serving, and knows nothing of launches that go past Triton to the
+driver. So the production launches themselves are timed by Triton's own `do_bench_cudagraph`: hundreds in a CUDA graph,
+since on the host they take longer than on the device. Trying every shape would mean compiling some 300 kernels; the
+search goes from the H200's shape to neighbours instead, and moves only for a clear gain.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import pathlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .api import plan_call
+from .arguments import device_facts, gpu_name
+from .balance_fit import fit_table
+from .detect import detect_build, installed_version
+from .triton_kernels.balance import check_constants
+from .triton_kernels.builds import DEFAULT_BUILD, package_of
+from .triton_kernels.problem import DEFAULT_GPU
+from .triton_kernels.shapes import GROUPS, MANY, Shapes, shapes_of, shipped_shapes
+from .triton_kernels.tables import cache_file, write_table
+
+if TYPE_CHECKING:
+    from .triton_kernels.launch import Launch
+    from .triton_kernels.plan import LaunchPlan
+    from .triton_kernels.problem import Problem
+
+Shape = tuple[int, int]  # SLICE, num_warps
+# The microseconds of a launch: batch size, whether for policy "balanced", shape.
+LaunchTimer = Callable[[int, bool, Shape], float]
+_GAIN = 0.98  # a shape is left for one that takes less than this part of its time
+_SLICES, _WARPS = (1, 32), (1, 8)  # the least and the most that are tried
+_MANY_BATCH = 4096
+_WARM_UP_CYCLES = 60_000_000  # some 30 ms
+
+
+def add_options(parser: argparse.ArgumentParser, parser_class: type[argparse.ArgumentParser]) -> None:
+    """The options of the command."""
+    what = parser.add_subparsers(dest="what", required=True, parser_class=parser_class)
+    launch = what.add_parser("launch", help="launch shapes of the metadata kernel")
+    balance = what.add_parser("balance", help='constants of policy "balanced", by timing the installed FA3')
+    balance.add_argument("--build", help='FA3 build, such as "vllm-0.33.0" (default: what is installed)')
+    for one in (launch, balance):
+        one.add_argument("--out", type=pathlib.Path, help="file to write (default: where the library looks for it)")
+
+
+def run(options: argparse.Namespace, say: Callable[[str], None] = print) -> None:
+    """Measure, and write the table. Raises `RuntimeError`, `OSError` or `ValueError` where that cannot be done."""
+    if not torch.cuda.is_available():
+        raise RuntimeError(f"tune {options.what} measures a CUDA GPU: there is none here")
+    device = torch.device("cuda", torch.cuda.current_device())
+    gpu, (arch, num_sms) = gpu_name(device), device_facts(device, None, None)
+    path: pathlib.Path = options.out or cache_file(options.what, gpu)
+    say(f"{gpu}, {num_sms} SMs")
+    if options.what == "launch":
+        table = launch_table(gpu, _measured("torch", "triton"), time_launch, say)
+        shapes_of(table)
+    else:
+        if arch < 90:
+            raise RuntimeError(f"tune balance needs a Hopper GPU, whose kernels the model describes, got sm_{arch}")
+        table = _balance_table(options.build, gpu, num_sms, device, say)
+        check_constants(table)
+    write_table(path, table)
+    say(f"written to {path}")
+
+
+def _measured(*packages: str) -> dict[str, str]:
+    """What a table was measured with, and when."""
+    versions = {package: version for package in packages if (version := installed_version(package))}
+    return versions | {"date": datetime.date.today().isoformat()}
+
+
+def _balance_table(
+    build: str | None, gpu: str, num_sms: int, device: torch.device, say: Callable[[str], None]
+) -> dict[str, Any]:
+    from .layer_timer import LayerTimer
+    from .providers import load_forward
+
+    build = build or detect_build().build
+    try:
+        load_forward(build)
+    except ImportError as error:
+        raise RuntimeError(f"tune balance times the forward of {build}, which does not import here: {error}") from error
+    say(f"{build}; us a layer, medians of CUDA-graph replays")
+    table = fit_table(gpu, num_sms, _measured("torch", package_of(build)), build, LayerTimer(build), say, device)
+    for one in table["kernels"]:
+        say(f"kernel {one['kernel']}: shared_us {one['shared_us']}, alone_us {one['alone_us']}, "
+            f"tile_us {one['tile_us']}")  # fmt: skip
+    say(f"per_split_us {table['per_split_us']}; {table['bandwidth_gb_s']} GB/s")
+    return table
+
+
+# ---- launch shapes ---------------------------------------------------------------------------------------------------
+
+
+def launch_table(
+    gpu: str, measured: dict[str, str], timer: LaunchTimer, say: Callable[[str], None], start: Shapes | None = None
+) -> dict[str, Any]:
+    """The table of launch shapes of a GPU, found from those of `start` (default: an H200's)."""
+    start = start or shipped_shapes(DEFAULT_GPU)
+    table: dict[str, Any] = {"gpu": gpu, "measured": measured, "columns": ["slice", "num_warps"]}
+    say(f"{'us a launch':>12s}  sequences  (SLICE, num_warps): time, from the first tried to the best")
+    for way, balanced in (("fa3", False), ("balanced", True)):
+        shapes: dict[str, Shape] = {}
+        for name, group, batch_size in _buckets():
+            times = search(start.find(group, balanced, batch_size > MANY), group, batch_size, balanced, timer)
+            shapes[name] = min(times, key=lambda shape: times[shape])
+            steps = ", ".join(f"{shape}: {time:.2f}" for shape, time in times.items())
+            say(f"{way:>12s}  {batch_size:9d}  {steps}")
+        table[way] = shapes
+    return table
+
+
+def _buckets() -> list[tuple[str, int, int]]:
+    """(name, GROUP, a batch size) of the entries of a table: the largest batches, which take the longest."""
+    groups = [(str(group), group, min(group, MANY // 2)) for group in GROUPS]
+    return [*groups, ("many", GROUPS[-1], _MANY_BATCH)]
+
+
+def search(start: Shape, group: int, batch_size: int, balanced: bool, timer: LaunchTimer) -> dict[Shape, float]:
+    """The shapes that were the best so far, and their times: `start` first, the last is the best."""
+    seen = {start: timer(batch_size, balanced, start)}
+    path = dict(seen)
+    best = start
+    while True:
+        for shape in _neighbours(best, group):
+            if shape not in seen:
+                seen[shape] = timer(batch_size, balanced, shape)
+        found = min(_neighbours(best, group), key=lambda shape: seen[shape])
+        if seen[found] >= _GAIN * seen[best]:
+            return path
+        best = found
+        path[best] = seen[best]
+
+
+def _neighbours(shape: Shape, group: int) -> list[Shape]:
+    """Twice and half the slice, twice and half the warps."""
+    slice_, warps = shape
+    some = [(2 * slice_, warps), (slice_ // 2, warps), (slice_, 2 * warps), (slice_, warps // 2)]
+    most_slice = min(group, _SLICES[1])
+    return [(s, w) for s, w in some if _SLICES[0] <= s <= most_slice and _WARPS[0] <= w <= _WARPS[1]]
+
+
+def time_launch(batch_size: int, balanced: bool, shape: Shape) -> float:
+    """Microseconds of a launch for decode over a paged cache, on the current CUDA device."""
+    from triton.testing import do_bench_cudagraph
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    drawn = torch.Generator().manual_seed(batch_size)
+    lengths = torch.empty(batch_size).log_normal_(7, 1, generator=drawn).clamp(16, 65536).to(device, torch.int32)
+    arguments = {
+        "batch_size": batch_size, "max_seqlen_q": 1, "max_seqlen_k": 65536, "num_heads": 8, "num_heads_k": 1,
+        "headdim": 128, "cache_seqlens": lengths, "page_size": 64, "causal": True, "num_splits": 32,
+        "policy": "balanced" if balanced else "fa3", "build": DEFAULT_BUILD,
+    }  # fmt: skip
+    tensors, problem, _, plan = plan_call(arguments, device)
+    assert tensors is not None
+    out = torch.empty(plan.layout.size, dtype=torch.int32, device=device)
+    launch = shaped_launch(problem, plan, shape)
+    lengths_read = tensors.pointers()
+    launch((out,), lengths_read)  # compiles
+    torch.cuda._sleep(_WARM_UP_CYCLES)  # clocks go down while a kernel is compiled
+    return 1000 * float(do_bench_cudagraph(lambda: launch((out,), lengths_read), rep=3, return_mode="median"))
+
+
+def shaped_launch(problem: Problem, plan: LaunchPlan, shape: Shape) -> Launch:
+    """The production launch, but of this shape."""
+    from .triton_kernels import launch
+
+    ours = launch.launch_shape
+
+    def shaped(*arguments: Any, **named: Any) -> tuple[int, int, int]:
+        return shape[0], ours(*arguments, **named)[1], shape[1]
+
+    launch.launch_shape = shaped  # for this one launch to be made; it keeps its shape
+    try:
+        return launch.metadata_launch(problem, plan)
+    finally:
+        launch.launch_shape = ours
