@@ -101,7 +101,8 @@ def get_scheduler_metadata(
         arch: compute capability as 10 * major + minor: 80, 86, 89 or 90. None: that of the device, 90 on CPU.
         num_sms: SMs of the device. None: those of the device, 132 on CPU.
         batch_invariant: with "balanced", the splits of a sequence depend on its own length alone, so that its
-            attention has the same bits whatever else is in the batch.
+            attention has the same bits whatever else is in the batch. Calls of more than 8 query blocks a sequence
+            (prefills) follow FA3's rule whatever the policy, and are not invariant.
         max_partial_bytes: with "balanced" and num_splits 0, what the forward's partial outputs may take; not applied
             with `batch_invariant`.
 

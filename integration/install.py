@@ -15,6 +15,8 @@ from .api import get_scheduler_metadata
 from .detect import detect_build
 from .providers import provider_of
 from .triton_kernels.builds import package_of, rules_for
+from .triton_kernels.problem import DEFAULT_PARTIAL_BYTES
+from .wrapper import SchedulePolicy, policy_of
 from .wrapper import wrap_forward as wrap
 
 DISABLE_VARIABLE = "FA3_METADATA_DISABLE"
@@ -41,21 +43,34 @@ def is_disabled() -> bool:
     return os.environ.get(DISABLE_VARIABLE, "0") not in ("", "0")
 
 
-def install(wrap_forward: bool = False, build: str | None = None) -> str:
+def install(
+    wrap_forward: bool = False,
+    build: str | None = None,
+    policy: str = "fa3",
+    *,
+    batch_invariant: bool = False,
+    max_partial_bytes: int = DEFAULT_PARTIAL_BYTES,
+) -> str:
     """Make the installed FA3 package able to make metadata; returns what was done, in words (also logged).
 
     Puts `get_scheduler_metadata` into the `sgl_kernel.flash_attn` of builds that lack it, so that engines which
     import it from there find it. With `wrap_forward` it also replaces the forward (`flash_attn_with_kvcache`, or
     vLLM's `flash_attn_varlen_func`) by `wrap_forward(forward)`, in its own module and in every module that has
-    already imported it by name, for engine versions that never make metadata themselves.
+    already imported it by name, for engine versions that never make metadata themselves. `policy` and what goes with
+    it are those of that wrapper. The function that is put in stays FA3's: an engine that calls it hands the forward
+    no other bound of splits.
 
     Idempotent, reversible by `uninstall`, safe from several threads. Does nothing, and says so, where there is
     nothing to do or where the environment variable FA3_METADATA_DISABLE is set to anything but 0.
 
     Raises:
         RuntimeError: no package of `build` is installed, or it does not load.
-        ValueError: `build` is not supported.
+        ValueError: `build` is not supported; `policy` is not valid, is given without `wrap_forward`, or is not the one
+            that the forward is wrapped with already.
     """
+    chosen = SchedulePolicy(policy, batch_invariant, max_partial_bytes)
+    if chosen.policy != "fa3" and not wrap_forward:
+        raise ValueError(f'policy must be "fa3" without wrap_forward=True, got {policy!r}')
     if is_disabled():
         return _say(f"nothing installed: {DISABLE_VARIABLE} is set")
     name = detect_build().build if build is None else build
@@ -67,16 +82,20 @@ def install(wrap_forward: bool = False, build: str | None = None) -> str:
         raise RuntimeError(f"install() needs {package_of(name)}, which does not load here: {error}") from error
     done = []
     with _lock:
+        forward = getattr(module, provider.forward)
+        theirs = policy_of(forward)
+        if wrap_forward and theirs not in (None, chosen):
+            raise ValueError(f"policy must be that of {theirs}, which {provider.forward} is wrapped with, got {chosen}")
         if not hasattr(module, "get_scheduler_metadata"):
             _put(module, "get_scheduler_metadata", get_scheduler_metadata)
             done.append(f"put get_scheduler_metadata into {provider.module}")
-        forward = getattr(module, provider.forward)
-        if wrap_forward and not getattr(forward, "__fa3_metadata__", False):
+        if wrap_forward and theirs is None:
             places = _modules_with(provider.forward, forward)
-            wrapped = wrap(forward, name)
+            wrapped = wrap(forward, name, policy, batch_invariant=batch_invariant, max_partial_bytes=max_partial_bytes)
             for place in places:
                 _put(place, provider.forward, wrapped)
-            done.append(f"wrapped {provider.forward} in {', '.join(place.__name__ for place in places)}")
+            under = "" if policy == "fa3" else f", policy {policy}"
+            done.append(f"wrapped {provider.forward} in {', '.join(place.__name__ for place in places)}{under}")
     return _say(f"{name}: " + ("; ".join(done) if done else "nothing to do, everything asked for is already there"))
 
 

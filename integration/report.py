@@ -9,6 +9,7 @@ import torch
 
 from .api import get_scheduler_metadata, plan_call, unpack_metadata
 from .resolved import host_lengths
+from .triton_kernels.balance import constants_of
 from .triton_kernels.plan import MAX_DYNAMIC_SPLIT_BATCH, LaunchPlan
 from .triton_kernels.problem import Problem
 from .triton_kernels.reference import sequence_lengths
@@ -82,7 +83,7 @@ class Explanation:
             },
             "totals": self.totals(),
             "sequences": self.sequences(),
-        }
+        } | ({} if self.problem.policy == "fa3" else {"policy": self._policy()})
 
     def as_text(self, show_all: bool = False) -> str:
         """The same for a terminal; long batches are shortened unless `show_all`."""
@@ -105,7 +106,33 @@ class Explanation:
             f"{t['split_sequences']} sequences split; {t['work_tiles']} work tiles",
             "",
         ]
+        if self.problem.policy != "fa3":
+            lines.insert(1, f"policy      {self._policy_text()}")
         return "\n".join(lines + self._table(show_all))
+
+    def _policy(self) -> dict[str, Any]:
+        """The policy and its constants; of these, none where it leaves the call to FA3's rule."""
+        costs, policy = self.plan.costs, {"name": self.problem.policy, "batch_invariant": self.problem.batch_invariant}
+        if costs is None:
+            return policy | {"constants": None}
+        constants = {
+            "gpu": constants_of(self.problem.gpu)["gpu"],
+            "tile": costs.tile,
+            "alone": costs.alone,
+            "per_split": costs.per_split,
+            "fixed_blocks": costs.fixed_blocks or None,
+        }
+        return policy | {"constants": constants}
+
+    def _policy_text(self) -> str:
+        costs, policy = self.plan.costs, self.problem.policy
+        if costs is None:
+            return f"{policy}: many query tokens, left to FA3's rule"
+        invariant = f"; batch invariant, {costs.fixed_blocks} key blocks a split" if costs.fixed_blocks else ""
+        return (
+            f"{policy}{invariant}; in key blocks at full bandwidth, on {constants_of(self.problem.gpu)['gpu']}: "
+            f"a tile {costs.tile:.2f}, a block alone {costs.alone:.2f}, combining a split {costs.per_split:.3f}"
+        )
 
     def _table(self, show_all: bool) -> list[str]:
         sequences = self.sequences()

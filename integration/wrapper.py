@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 from .api import resolve_build
-from .arguments import device_facts
+from .arguments import device_facts, gpu_name
 from .calls import ForwardCall
 from .resolved import resolve
 from .triton_kernels.builds import FA3Rules
 from .triton_kernels.plan import LaunchPlan
+from .triton_kernels.problem import DEFAULT_PARTIAL_BYTES, Problem, unchecked_replace
 
 _log = logging.getLogger("fa3_metadata")
 Forward = Callable[..., Any]
@@ -68,7 +69,38 @@ def step() -> Iterator[None]:
         _state.steps.pop()
 
 
-def wrap_forward(forward: Forward, build: str | None = None) -> Forward:
+@dataclass(frozen=True)
+class SchedulePolicy:
+    """How splits are chosen: the arguments of `get_scheduler_metadata` of these names, checked."""
+
+    policy: str = "fa3"
+    batch_invariant: bool = False
+    max_partial_bytes: int = DEFAULT_PARTIAL_BYTES
+
+    def __post_init__(self) -> None:
+        # A problem checks them; any other facts will do.
+        Problem(batch_size=1, max_seqlen_q=1, max_seqlen_k=1, num_heads=1, num_heads_k=1, headdim=64, **vars(self))
+
+    def of(self, problem: Problem, device: torch.device) -> Problem:
+        """`problem` under this policy. Splits that the call itself bounds keep that bound."""
+        if self.policy == "fa3":
+            return problem
+        return unchecked_replace(problem, **vars(self), gpu=gpu_name(device))
+
+
+def policy_of(forward: Forward) -> SchedulePolicy | None:
+    """The policy that `forward` was wrapped with; None: it is not wrapped."""
+    return getattr(forward, "__fa3_metadata__", None)
+
+
+def wrap_forward(
+    forward: Forward,
+    build: str | None = None,
+    policy: str = "fa3",
+    *,
+    batch_invariant: bool = False,
+    max_partial_bytes: int = DEFAULT_PARTIAL_BYTES,
+) -> Forward:
     """`forward`, an FA3 `flash_attn_with_kvcache` or vLLM's `flash_attn_varlen_func`, with metadata of its own.
 
     Same signature. While a CUDA graph is captured, the metadata is made once for each distinct problem, as a node of
@@ -78,11 +110,23 @@ def wrap_forward(forward: Forward, build: str | None = None) -> Forward:
     to both sides. Calls that bring metadata, and calls that we do not know how to schedule (another FlashAttention
     version, masks by callback, ...), pass through unchanged; the log says so once, at debug level.
 
+    Under policy "balanced" the bound of splits, too, is ours, and it is the one that the forward is handed, so that it
+    has room for every split; where the call gives a `num_splits`, that stays the bound. What passes through has FA3's
+    own schedule, so `batch_invariant` holds only within a capture or a `step()`.
+
     Args:
-        forward: the callable, from any module.
+        forward: the callable, from any module. One that is wrapped already is returned as it is.
         build: the FA3 build behind it; None: the detected one.
+        policy, batch_invariant, max_partial_bytes: as for `get_scheduler_metadata`.
+
+    Raises:
+        TypeError: `forward` takes no scheduler_metadata.
+        ValueError: `policy` or what goes with it is not valid, or `forward` is wrapped already with another one.
     """
-    if getattr(forward, "__fa3_metadata__", False):
+    chosen = SchedulePolicy(policy, batch_invariant, max_partial_bytes)
+    if (theirs := policy_of(forward)) is not None:
+        if theirs != chosen:
+            raise ValueError(f"policy must be that of the forward, which is wrapped with {theirs}, got {chosen}")
         return forward
     rules = resolve_build(build)[1]
     parameters = inspect.signature(forward).parameters
@@ -99,7 +143,7 @@ def wrap_forward(forward: Forward, build: str | None = None) -> Forward:
         if scope is None or call.get("scheduler_metadata") is not None:
             return forward(*args, **kwargs)
         try:
-            made = _find_or_make(scope, ForwardCall.read(call), rules)
+            made = _find_or_make(scope, ForwardCall.read(call), rules, chosen)
         except (NotImplementedError, TypeError, ValueError) as error:  # the forward knows better what is wrong
             if str(error) not in told:
                 told.add(str(error))
@@ -110,7 +154,7 @@ def wrap_forward(forward: Forward, build: str | None = None) -> Forward:
             ours["pack_gqa"] = made.plan.pack_gqa
         return forward(**call | ours)
 
-    with_metadata.__fa3_metadata__ = True  # type: ignore[attr-defined]
+    with_metadata.__fa3_metadata__ = chosen  # type: ignore[attr-defined]
     return with_metadata
 
 
@@ -124,10 +168,10 @@ def _current_scope() -> _Scope | None:
     return _state.steps[-1] if _state.steps else None
 
 
-def _find_or_make(scope: _Scope, asked: ForwardCall, rules: FA3Rules) -> _Made:
+def _find_or_make(scope: _Scope, asked: ForwardCall, rules: FA3Rules, chosen: SchedulePolicy) -> _Made:
     if reason := asked.unsupported_reason():
         raise NotImplementedError(reason)
-    problem = asked.problem(*device_facts(asked.device, None, None))
+    problem = chosen.of(asked.problem(*device_facts(asked.device, None, None)), asked.device)
     tensors = asked.lengths()
     inputs = tuple(tensor for tensor in tensors.pointers() if tensor is not None)
     identity = tuple((t.data_ptr(), t.dtype, t.stride(), _version(t)) for t in inputs)

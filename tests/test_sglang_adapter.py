@@ -180,6 +180,93 @@ def test_layers_of_another_shape_get_no_eager_metadata(precompute: Sglang) -> No
     assert precompute.calls[-1]["scheduler_metadata"] is None
 
 
+SHAPE = {"max_seqlen_q": 1, "num_heads": HEADS, "num_heads_k": KV_HEADS, "headdim": DIM, "page_size": PAGE,
+         "causal": True, "build": BUILD}  # fmt: skip
+
+
+@pytest.mark.parametrize("lengths", [[300, 5, 70], [30000, 5, 70], [9000] * 40, [60000] + [100] * 1100], ids=len)
+def test_balanced_eager_batches_stay_within_the_forwards_own_bound(precompute: Sglang, lengths: list[int]) -> None:
+    """SGLang hands the forward num_splits=0: it has room for as many splits as FA3's heuristic says."""
+    backend = precompute.backend()
+    attach(backend, BUILD, "balanced")
+    backend.init_forward_metadata(Batch(lengths))
+    made = backend.forward_metadata.scheduler_metadata
+    b, starts = len(lengths), torch.arange(len(lengths) + 1, dtype=torch.int32)
+    call = SHAPE | {"batch_size": b, "max_seqlen_k": -(-max(lengths) // PAGE) * PAGE, "cu_seqlens_q": starts}
+    bound = fa3_metadata.metadata_layout(**call).num_splits
+    call |= {"policy": "balanced", "num_splits": bound}
+    ours = fa3_metadata.get_scheduler_metadata(**call, cache_seqlens=torch.tensor(lengths, dtype=torch.int32))
+    layout = fa3_metadata.metadata_layout(**call)
+    made_rows, our_rows = (fa3_metadata.unpack_metadata(tensor, layout) for tensor in (made, ours))
+    assert all(torch.equal(made_rows[row], our_rows[row]) for row in layout.rows)
+    if "num_splits_dynamic" in layout.rows:
+        assert made_rows["num_splits_dynamic"].max() <= bound
+    if b == 1101:
+        assert made_rows["num_splits_dynamic"].max() > 1, "balanced, not FA3's, which splits nothing in this batch"
+    backend.decode_layer()
+    assert precompute.calls[-1]["scheduler_metadata"] is made
+    assert precompute.calls[-1]["num_splits"] == 0
+
+
+def test_balanced_eager_batches_keep_a_bound_of_sglangs(precompute: Sglang, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(sglang, "get_scheduler_metadata", lambda **call: asked.append(call) or torch.zeros(17))
+    backend = precompute.backend()
+    attached = attach(backend, BUILD, "balanced")
+    call = {"batch_size": 3, "num_splits": 1, "has_softcap": False, **{k: v for k, v in SHAPE.items() if k != "build"}}
+    attached._make(call, backend.prepare(Batch([9000, 5, 70]), 600))
+    assert (asked[0]["policy"], asked[0]["num_splits"]) == ("balanced", 1)
+
+
+def test_balanced_layers_of_a_graph_get_the_bound_of_their_metadata(world: Sglang) -> None:
+    """`step()` stands in for the capture of a graph, which needs a GPU."""
+    backend = world.backend()
+    attach(backend, BUILD, "balanced")
+    backend.prepare_graph(Batch([300, 5, 70]), capture=True)
+    with fa3_metadata.step():
+        for window in (-1, 64, -1):
+            backend.decode_layer(window=window)
+    starts, lengths = torch.arange(4, dtype=torch.int32), torch.tensor([300, 5, 70], dtype=torch.int32)
+    for call, window in zip(world.calls, ((-1, -1), (64, 0), (-1, -1)), strict=True):
+        problem = SHAPE | {"batch_size": 3, "max_seqlen_k": 64 * PAGE, "cu_seqlens_q": starts, "window_size": window}
+        problem |= {"policy": "balanced", "cache_seqlens": lengths}
+        layout = fa3_metadata.metadata_layout(**problem)
+        assert torch.equal(call["scheduler_metadata"], fa3_metadata.get_scheduler_metadata(**problem))
+        assert (call["num_splits"], call["pack_gqa"]) == (layout.num_splits, layout.pack_gqa)
+    assert world.calls[0]["num_splits"] != fa3_metadata.metadata_layout(**problem | {"policy": "fa3"}).num_splits
+
+
+def test_policies_do_not_mix(world: Sglang) -> None:
+    backend, other = world.backend(), world.backend()
+    with pytest.raises(ValueError, match="policy must be one of fa3, balanced, got 'fast'"):
+        attach(backend, BUILD, "fast")
+    attached = attach(backend, BUILD, "balanced")
+    assert attach(backend, BUILD, "balanced") is attached
+    with pytest.raises(ValueError, match="policy must be 'balanced', with which backend is attached, got 'fa3'"):
+        attach(backend, BUILD)
+    if "module" in world.names.wrapped[0]:
+        before = dict(vars(other))
+        with pytest.raises(ValueError, match=r"policy must be 'balanced', with which .* is wrapped already"):
+            attach(other, BUILD)
+        assert vars(other) == before
+    attached.detach()
+    attach(other, BUILD).detach()
+
+
+def test_attach_new_backends_with_a_policy(world: Sglang, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(ValueError, match="policy must be one of"):
+        attach_new_backends(BUILD, "fast")
+    with caplog.at_level(logging.INFO, "fa3_metadata"):
+        undo = attach_new_backends(BUILD, "balanced")
+        backend = world.backend()
+    assert caplog.messages[0].endswith(f"SGLang {world.names.versions}, policy balanced")
+    assert attach_new_backends(BUILD, "balanced") is undo
+    with pytest.raises(ValueError, match="policy must be 'balanced', with which new backends are attached"):
+        attach_new_backends(BUILD)
+    undo()
+    attach(backend, BUILD, "balanced").detach()
+
+
 def test_another_backend_is_refused(precompute: Sglang) -> None:
     for backend in (object(), None, SimpleNamespace(fa_impl_ver=3), type("B", (type(precompute.backend()),), {})()):
         with pytest.raises(TypeError, match=r"must be sglang\..*FlashAttentionBackend, got"):

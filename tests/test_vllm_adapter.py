@@ -102,7 +102,7 @@ def test_every_argument_arrives_under_our_name(monkeypatch: pytest.MonkeyPatch) 
     for name, value in values.items():
         assert seen.pop(renamed.get(name, name)) == value
     assert seen.pop("out").shape == (3,)
-    assert seen == {"build": BUILD, "cu_seqlens_k": None, "seqused_q": None, "attention_chunk": 0}
+    assert seen == {"build": BUILD, "policy": "fa3", "cu_seqlens_k": None, "seqused_q": None, "attention_chunk": 0}
 
 
 @pytest.mark.parametrize("splits", [1, 7, 32])
@@ -119,6 +119,44 @@ def test_splits_are_those_that_vllm_fixed(root: pathlib.Path, monkeypatch: pytes
     gqa_builder(graphs=True, splits=splits).build(DECODE)
     gqa_builder(graphs=False).build(DECODE)
     assert seen == [splits, 0]
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("splits", [0, 1, 7, 32])
+@pytest.mark.parametrize(
+    "lengths", [[5, 9000, 4096, 700, 700], [300], [40000] + [64] * 999], ids=["skewed", "short", "beyond 992"]
+)
+def test_balanced_stays_within_what_the_forward_has_room_for(
+    root: pathlib.Path, monkeypatch: pytest.MonkeyPatch, lengths: list[int], splits: int, in_place: bool
+) -> None:
+    """vLLM hands the forward its own number: the fixed one, or 0, for which FA3's heuristic gives the bound."""
+    import_module(adapter.GQA)
+    seen = []
+    real = fa3_metadata.get_scheduler_metadata
+
+    def spy(*args: Any, **kwargs: Any) -> torch.Tensor:
+        seen.append(inspect.signature(real).bind(*args, **kwargs).arguments)
+        return real(*args, **kwargs)
+
+    batch = make_batch(lengths)
+    fa3_bound = fa3_metadata.metadata_layout(
+        batch.size, 1, batch.max_seq_len, 32, 8, 128, cu_seqlens_q=batch.starts, page_size=16, causal=True, build=BUILD
+    ).num_splits
+    monkeypatch.setattr(adapter.api, "get_scheduler_metadata", spy)
+    assert adapter.attach(in_place, "balanced").policy == "balanced"
+    made = gqa_builder(graphs=splits > 0, splits=splits, max_batch_size=1000).build(batch)
+    bound = splits or fa3_bound
+    assert [(call["policy"], call["num_splits"]) for call in seen] == [("balanced", bound)]
+    check(made, expected(batch, bound, policy="balanced"), batch.size)
+    assert made.shape == expected(batch, splits).shape, "vLLM's buffer is made for it"
+
+
+def test_a_policy_is_for_all(root: pathlib.Path) -> None:
+    with pytest.raises(ValueError, match="policy must be one of fa3, balanced, got 'fast'"):
+        adapter.attach(policy="fast")
+    adapter.attach(policy="balanced")
+    with pytest.raises(RuntimeError, match=r"already attached with policy='balanced': call detach\(\) first"):
+        adapter.attach()
 
 
 def test_other_flash_attention_versions_are_left_alone(root: pathlib.Path) -> None:

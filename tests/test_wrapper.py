@@ -75,6 +75,13 @@ def test_layers_of_a_step_share_what_is_the_same() -> None:
     assert (forward.calls[0]["num_splits"], forward.calls[0]["pack_gqa"]) == (resolved.num_splits, resolved.pack_gqa)
 
 
+def asked(policy: str = "balanced", **more: Any) -> dict[str, Any]:
+    """What `layer()` asks of `get_scheduler_metadata`."""
+    shape = {"batch_size": 3, "max_seqlen_q": 1, "max_seqlen_k": 6400, "num_heads": 8, "num_heads_k": 1,
+             "headdim": 128, "cache_seqlens": LENGTHS, "page_size": 64, "causal": True}  # fmt: skip
+    return shape | {"build": BUILD, "policy": policy} | more
+
+
 def test_positional_arguments_and_signature() -> None:
     forward = recording_forward()
     wrapped = wrap_forward(forward, BUILD)
@@ -241,6 +248,32 @@ def test_install_wraps_the_forward_where_it_was_imported(sgl_kernel: ModuleType)
     assert "nothing to do" in fa3_metadata.install(wrap_forward=True, build="sgl-kernel-0.3.21")
     fa3_metadata.uninstall()
     assert engine.flash_attn_with_kvcache is sgl_kernel.flash_attn_with_kvcache is forward
+
+
+def test_install_with_a_policy(sgl_kernel: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward, build = sgl_kernel.flash_attn_with_kvcache, "sgl-kernel-0.3.21"
+    with pytest.raises(ValueError, match='policy must be "fa3" without wrap_forward=True'):
+        fa3_metadata.install(build=build, policy="balanced")
+    assert not hasattr(sgl_kernel, "get_scheduler_metadata")
+    said = fa3_metadata.install(wrap_forward=True, build=build, policy="balanced", batch_invariant=True)
+    assert "an_engine, policy balanced" in said
+    with step():
+        sgl_kernel.flash_attn_with_kvcache(**layer())
+    layout = fa3_metadata.metadata_layout(**asked(build=build, batch_invariant=True))
+    assert forward.calls[0]["num_splits"] == layout.num_splits
+    assert sgl_kernel.get_scheduler_metadata is fa3_metadata.get_scheduler_metadata, "FA3's unless told otherwise"
+    again = fa3_metadata.install(wrap_forward=True, build=build, policy="balanced", batch_invariant=True)
+    assert "nothing to do" in again
+    assert "nothing to do" in fa3_metadata.install(build=build)
+    for other in ({}, {"policy": "balanced"}):
+        with pytest.raises(ValueError, match="policy must be that of"):
+            fa3_metadata.install(wrap_forward=True, build=build, **other)
+    monkeypatch.setenv("FA3_METADATA_BUILD", build)
+    monkeypatch.delitem(vars(fa3_metadata), "flash_attn_with_kvcache", raising=False)
+    assert fa3_metadata.flash_attn_with_kvcache is sgl_kernel.flash_attn_with_kvcache
+    monkeypatch.delitem(vars(fa3_metadata), "flash_attn_with_kvcache")
+    fa3_metadata.uninstall()
+    assert sgl_kernel.flash_attn_with_kvcache is forward
 
 
 def test_uninstall_leaves_what_somebody_else_replaced(sgl_kernel: ModuleType) -> None:

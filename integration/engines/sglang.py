@@ -5,6 +5,9 @@ a captured CUDA graph share metadata that a node of the same graph makes. And wh
 (0.5.11 on), its maker is replaced: eager batches get our metadata, made for the page table that the forward will see;
 while graphs are captured the maker answers None, which leaves the layers to the wrapper and drops SGLang's
 make, copy and zero fill before each replay.
+
+Under policy "balanced" the wrapper hands the forward the bound of splits that the metadata was made with. In eager
+batches SGLang hands it 0, for which it takes FA3's own bound, so the maker stays within that one.
 """
 
 from __future__ import annotations
@@ -19,9 +22,10 @@ from typing import Any
 
 import torch
 
-from ..api import get_scheduler_metadata, resolve_build
+from ..api import get_scheduler_metadata, metadata_layout, resolve_build
 from ..arguments import device_facts
 from ..install import DISABLE_VARIABLE, is_disabled
+from ..triton_kernels.problem import POLICIES, checked_choice
 from ..wrapper import wrap_forward
 
 _log = logging.getLogger("fa3_metadata")
@@ -94,11 +98,11 @@ LAYOUTS = (
 class Attached:
     """A backend that uses our metadata, until `detach()`."""
 
-    def __init__(self, backend: Any, module: ModuleType, names: SGLangNames, build: str | None) -> None:
-        self.backend, self.names, self.build = backend, names, build
+    def __init__(self, backend: Any, module: ModuleType, names: SGLangNames, build: str | None, policy: str) -> None:
+        self.backend, self.names, self.build, self.policy = backend, names, build, policy
         self._is_eager = False
         self._asked: dict[str, Any] | None = None  # what the maker was asked while an eager batch was prepared
-        self._forwards = [_WrappedForward.at(*_place(name, backend, module), build) for name in names.wrapped]
+        self._forwards = [_WrappedForward.at(*_place(name, backend, module), build, policy) for name in names.wrapped]
         for forward in self._forwards:
             forward.hold()
         ours = (self._make_or_leave, self._init_forward_metadata) if names.maker_keywords else ()
@@ -152,7 +156,8 @@ class Attached:
         """The metadata of `asked` for the tensors that the forward will be given.
 
         SGLang asks for the longest sequence of the batch, FA3 looks at the width of the page table: a different
-        number of splits may follow, and more of them than the forward has room for must never get there.
+        number of splits may follow, and more of them than the forward has room for must never get there. For the same
+        reason "balanced" is bound by what the forward will come to by itself, whoever calls it with this tensor.
         """
         if device_facts(metadata.cache_seqlens_int32.device, None, None)[0] < 90:
             return None  # sm_8x sizes the tensor by num_splits, and the forward is called with 0: SGLang issue 22800
@@ -161,12 +166,15 @@ class Attached:
             "cu_seqlens_q": metadata.cu_seqlens_q,
             "max_seqlen_k": metadata.page_table.shape[1] * self.backend.page_size,
         }
+        if self.policy != "fa3":
+            bound = metadata_layout(**asked, build=self.build).num_splits  # FA3's, or what SGLang asks for
+            asked |= {"policy": self.policy, "num_splits": bound}
         made = get_scheduler_metadata(**asked, build=self.build)
         setattr(made, _MARK, (asked["num_heads"], asked["num_heads_k"], asked["headdim"], asked["headdim"]))
         return made
 
 
-def attach(backend: Any, build: str | None = None) -> Attached:
+def attach(backend: Any, build: str | None = None, policy: str = "fa3") -> Attached:
     """Make a live SGLang `FlashAttentionBackend` use our scheduler metadata. Idempotent.
 
     Best before CUDA graphs are captured: those captured earlier keep what they have. Where SGLang keeps the forward in
@@ -175,12 +183,18 @@ def attach(backend: Any, build: str | None = None) -> Attached:
     Args:
         backend: the object; of a composed backend, the FlashAttentionBackend inside.
         build: the FA3 build behind its forward; None: the detected one.
+        policy: "fa3" or "balanced", as for `get_scheduler_metadata`. In eager batches "balanced" keeps FA3's own bound
+            of splits.
 
     Raises:
         TypeError: `backend` is something else.
+        ValueError: `policy` is not known, or the backend or its forward is attached already with another one.
         RuntimeError: it runs another FlashAttention, or an SGLang whose names differ from those in LAYOUTS.
     """
+    checked_choice("policy", policy, POLICIES)
     if attached := vars(backend).get(_MARK) if hasattr(backend, "__dict__") else None:
+        if attached.policy != policy:
+            raise ValueError(f"policy must be {attached.policy!r}, with which backend is attached, got {policy!r}")
         return attached
     kind, wanted = type(backend), LAYOUTS[0]
     if (kind.__module__, kind.__qualname__) != (wanted.module, wanted.backend):
@@ -201,37 +215,42 @@ def attach(backend: Any, build: str | None = None) -> Attached:
         raise RuntimeError(
             f"{names.setting[1]} must be true, so that the forward is the installed sglang-kernel's, got false"
         )
-    attached = Attached(backend, module, names, build)
-    _log.info("scheduler metadata: attached to the %s of SGLang %s", names.backend, names.versions)
+    attached = Attached(backend, module, names, build, policy)
+    under = "" if policy == "fa3" else f", policy {policy}"
+    _log.info("scheduler metadata: attached to the %s of SGLang %s%s", names.backend, names.versions, under)
     return attached
 
 
-def attach_new_backends(build: str | None = None) -> Callable[[], None]:
+def attach_new_backends(build: str | None = None, policy: str = "fa3") -> Callable[[], None]:
     """`attach` every `FlashAttentionBackend` that this process creates from now on. Idempotent.
 
     Backends are created in SGLang's scheduler processes, so call it where those will run it: in an SGLang plugin, or
     at the top level of the script that launches the server (see SGLANG.md). Returns what undoes it for later ones.
     Creating a backend raises what `attach` raises. Does nothing where the environment variable FA3_METADATA_DISABLE is
-    set to anything but 0.
+    set to anything but 0. Raises `ValueError` for a `policy` that is not known or not that of an earlier call.
     """
+    checked_choice("policy", policy, POLICIES)
     if is_disabled():
         _log.info("scheduler metadata: SGLang is left alone, since %s is set", DISABLE_VARIABLE)
         return lambda: None
     kind = getattr(import_module(LAYOUTS[0].module), LAYOUTS[0].backend)
     original = kind.__init__
-    if undo := getattr(original, _MARK, None):
+    if earlier := getattr(original, _MARK, None):
+        undo, its_policy = earlier
+        if its_policy != policy:
+            raise ValueError(f"policy must be {its_policy!r}, with which new backends are attached, got {policy!r}")
         return undo
 
     @functools.wraps(original)
     def init_and_attach(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        attach(self, build)
+        attach(self, build, policy)
 
     def undo_it() -> None:
         if kind.__init__ is init_and_attach:
             kind.__init__ = original
 
-    setattr(init_and_attach, _MARK, undo_it)
+    setattr(init_and_attach, _MARK, (undo_it, policy))
     kind.__init__ = init_and_attach
     return undo_it
 
@@ -253,20 +272,22 @@ def _missing(names: SGLangNames, backend: Any, module: ModuleType) -> list[str]:
 class _WrappedForward:
     """A forward wrapped where `owner` keeps it, shared by the backends that hold it: the last one puts it back."""
 
-    def __init__(self, owner: Any, name: str, build: str) -> None:
-        self.owner, self.name, self.build, self.holders = owner, name, build, 0
+    def __init__(self, owner: Any, name: str, build: str, policy: str) -> None:
+        self.owner, self.name, self.build, self.policy, self.holders = owner, name, build, policy, 0
         self.theirs: Callable[..., Any] = getattr(owner, name)
-        self.ours = _withhold_misfits(self.theirs, wrap_forward(self.theirs, build))
+        self.ours = _withhold_misfits(self.theirs, wrap_forward(self.theirs, build, policy))
         setattr(self.ours, _MARK, self)
 
     @classmethod
-    def at(cls, owner: Any, name: str, build: str | None) -> _WrappedForward:
-        """The one in place, else a new one. `ValueError` where the one in place is for another build."""
+    def at(cls, owner: Any, name: str, build: str | None, policy: str) -> _WrappedForward:
+        """The one in place, else a new one. `ValueError` where the one in place is for another build or policy."""
         build = resolve_build(build)[0]
         found: _WrappedForward | None = getattr(getattr(owner, name), _MARK, None)
         if found is not None and found.build != build:
             raise ValueError(f"build must be {found.build!r}, for which {name} is wrapped already, got {build!r}")
-        return found or cls(owner, name, build)
+        if found is not None and found.policy != policy:
+            raise ValueError(f"policy must be {found.policy!r}, with which {name} is wrapped already, got {policy!r}")
+        return found or cls(owner, name, build, policy)
 
     def hold(self) -> None:
         self.holders += 1

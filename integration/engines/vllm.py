@@ -19,7 +19,7 @@ import torch
 from .. import api
 from ..detect import BUILD_VARIABLE, installed_version
 from ..triton_kernels.builds import rules_for
-from ..triton_kernels.problem import MAX_HEADDIM
+from ..triton_kernels.problem import MAX_HEADDIM, POLICIES, checked_choice
 from .source_facts import broken_facts, installed_source
 from .vllm_in_place import BUFFER, WRAPS
 from .vllm_in_place import GQA_BUILDER as _GQA
@@ -111,7 +111,10 @@ def get_scheduler_metadata(
     *,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`vllm.vllm_flash_attn.get_scheduler_metadata`, bit for bit, for the installed vLLM (see `vllm_build`).
+    """`vllm.vllm_flash_attn.get_scheduler_metadata` for the installed vLLM (see `vllm_build`).
+
+    Bit for bit, unless attached with policy "balanced". vLLM tells the forward its own `num_splits`, never ours, so
+    that policy stays within it, or, where it is 0, within the bound of FA3's heuristic, to which the forward comes.
 
     Arguments are vLLM's, with the meaning that `fa3_metadata.get_scheduler_metadata` gives them (`num_heads_q` is
     its num_heads, `num_heads_kv` num_heads_k, `cache_leftpad` leftpad_k); `num_splits` goes in as it is. `out` as
@@ -127,11 +130,18 @@ def get_scheduler_metadata(
         )  # fmt: skip
     if attached is not None and (attached.waiting or not attached.used):
         attached.catch_up(called=True)
+    build, policy = (vllm_build(), "fa3") if attached is None else (attached.build, attached.policy)
+    if policy != "fa3" and num_splits == 0:
+        num_splits = api.metadata_layout(
+            batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim, cache_seqlens, qkv_dtype,
+            headdim_v, cu_seqlens_q, None, cu_seqlens_k_new, None, cache_leftpad, page_size, max_seqlen_k_new, causal,
+            window_size, 0, has_softcap, 0, pack_gqa, sm_margin, build=build,
+        ).num_splits  # fmt: skip
     return api.get_scheduler_metadata(
         batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim, cache_seqlens, qkv_dtype,
         headdim_v, cu_seqlens_q, None, cu_seqlens_k_new, None, cache_leftpad, page_size, max_seqlen_k_new, causal,
         window_size, 0, has_softcap, num_splits, pack_gqa, sm_margin,
-        build=vllm_build() if attached is None else attached.build, out=BUFFER.get() if out is None else out,
+        build=build, out=BUFFER.get() if out is None else out, policy=policy,
     )  # fmt: skip
 
 
@@ -151,46 +161,51 @@ def vllm_build() -> str:
 _vllm_version = functools.lru_cache(maxsize=1)(installed_version)
 
 
-def attach(in_place: bool = False) -> Attached:
+def attach(in_place: bool = False, policy: str = "fa3") -> Attached:
     """Make vLLM's FlashAttention backends, GQA and MLA, call our `get_scheduler_metadata`, in this process.
 
     To be called in every process that runs attention, at any time; backend modules that vLLM imports later get it
     too. Attaching again returns the same `Attached`. With `in_place`, builders that keep the metadata in a buffer
-    for CUDA graphs have it made there, instead of a new tensor that is copied.
+    for CUDA graphs have it made there, instead of a new tensor that is copied. `policy` is "fa3" or "balanced": see
+    `fa3_metadata.get_scheduler_metadata`, and `get_scheduler_metadata` here for the bound of its splits.
 
-    Raises `RuntimeError`, with nothing changed, where vLLM is missing, has an unsupported version, runs on another
-    platform than CUDA, is not laid out as `LEANS_ON` says, or is attached already with the other `in_place`.
+    Raises `ValueError` for another policy, and `RuntimeError`, with nothing changed, where vLLM is missing, has an
+    unsupported version, runs on another platform than CUDA, is not laid out as `LEANS_ON` says, or is attached already
+    with the other `in_place` or policy.
     """
     global _attached
+    checked_choice("policy", policy, POLICIES)
     with _lock:
         if _attached is not None:
-            if _attached.in_place != in_place:
-                raise RuntimeError(f"already attached with in_place={_attached.in_place}: call detach() first")
+            for name, wanted, has in (("in_place", in_place, _attached.in_place), ("policy", policy, _attached.policy)):
+                if has != wanted:
+                    raise RuntimeError(f"already attached with {name}={has!r}: call detach() first")
             return _attached
         build = vllm_build()
         try:
             rules_for(build)
         except ValueError as error:
             raise RuntimeError(f"cannot attach to this vLLM: {error}; {BUILD_VARIABLE} overrides it") from error
-        wanted = [LEANS_ON["attach"], LEANS_ON["in_place"]] if in_place else [LEANS_ON["attach"]]
-        if broken := [line for leans_on in wanted for line in broken_facts(leans_on, installed_source)]:
+        parts = [LEANS_ON["attach"], LEANS_ON["in_place"]] if in_place else [LEANS_ON["attach"]]
+        if broken := [line for leans_on in parts for line in broken_facts(leans_on, installed_source)]:
             raise RuntimeError("vLLM is not laid out as expected; nothing was changed:\n" + "\n".join(broken))
-        made = Attached(build, in_place)
+        made = Attached(build, in_place, policy)
         try:
             made._put()
         except BaseException:
             made._restore()
             raise
         _attached = made
-        _log.info("fa3_metadata makes the FA3 scheduler metadata from now on (%s, in_place=%s)", build, in_place)
+        how = f"{build}, in_place={in_place}" + ("" if policy == "fa3" else f", policy={policy}")
+        _log.info("fa3_metadata makes the FA3 scheduler metadata from now on (%s)", how)
         return made
 
 
 class Attached:
     """What `attach` changed. `build` is imitated; `used` says whether vLLM has called our function."""
 
-    def __init__(self, build: str, in_place: bool) -> None:
-        self.build, self.in_place, self.used = build, in_place, False
+    def __init__(self, build: str, in_place: bool, policy: str = "fa3") -> None:
+        self.build, self.in_place, self.policy, self.used = build, in_place, policy, False
         self.waiting = {GQA: _GQA, MLA: _MLA} if in_place else {}  # builders not changed yet: module -> class
         self._own: Any = None  # vLLM's function
         self._methods: list[tuple[type, str, Any, Any]] = []  # class, name, vLLM's, ours
