@@ -9,8 +9,6 @@ COMMANDS = {
     "metadata": "the metadata stage alone, ours beside others: device and host time by batch size",
     "plot": "draw what `metadata` measured",
     "schedules": "one layer's attention by FA3's schedules, by ours and by the best",
-    "decode-step": "a decode step of many layers, with metadata and without",
-    "sglang-decode": "a real SGLang's decode step, with metadata and without",
     "stress": "random replays of captured steps, every output compared bitwise",
 }
 
