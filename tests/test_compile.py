@@ -239,3 +239,16 @@ def test_another_batch_size_shares_what_does_not_depend_on_it(monkeypatch: pytes
             fresh = launch.metadata_launch(anew.problem, anew.plan)
             assert vars(made) | {"_launches": {}} == vars(fresh)
             like, before = shared, made
+
+
+def test_early_launch_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    call = arguments(lengths(3, torch.device("cpu")), BUILDS[0])
+    for value, early in (("1", True), ("0", False)):
+        monkeypatch.setenv(launch.EARLY_VARIABLE, value)
+        _, problem, _, plan = fa3_metadata.api.plan_call(call)
+        made = launch.metadata_launch(problem, plan)
+        assert made._constants["EARLY"] == early
+        assert ("launch_pdl" in made._options) == early
+    _, problem, _, plan = fa3_metadata.api.plan_call(call | {"arch": 80})
+    assert not launch.metadata_launch(problem, plan)._constants["EARLY"]

@@ -7,6 +7,7 @@ shape, of which there are few. Batch sizes, lengths, heads, tiles and every othe
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,6 +27,7 @@ from .shapes import GROUPS, MANY, shipped_shapes
 INTERPRETED = kernel.INTERPRETED
 # cache_seqlens, cu_seqlens_q, seqused_q, cu_seqlens_k_new, leftpad_k: 1-D, int32 or int64, any stride; or None
 LengthPointers = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+EARLY_VARIABLE = "FA3_METADATA_EARLY_LAUNCH"  # 0: start only when the kernel before has ended
 _NO_COSTS = Costs(0.0, 0.0, 0.0)
 _ONE_SPLIT, _FA3_RULE, _SEARCH, _LOAD, _FIXED = (
     int(way.value) for way in (kernel.ONE_SPLIT, kernel.FA3_RULE, kernel.SEARCH, kernel.LOAD, kernel.FIXED)
@@ -56,7 +58,8 @@ class Launch:
     ) -> None:  # fmt: skip
         self.kind = kind  # slice, group, warps, and how splits are found: what may change with the batch size
         # Programmatic dependent launch: programs start while the kernel before ends, and wait for its end themselves.
-        early = arch >= 90 and not INTERPRETED and kernel.CAN_START_EARLY
+        # That kernel must have waited for those before it, as FA3's do.
+        early = arch >= 90 and not INTERPRETED and kernel.CAN_START_EARLY and os.environ.get(EARLY_VARIABLE, "1") != "0"
         self._function, self._grid, self._numbers, self._early = function, grid, numbers, early
         self._batch_size = int(numbers[0])
         self._constants = constants | {"EARLY": early}
