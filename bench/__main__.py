@@ -9,6 +9,7 @@ COMMANDS = {
     "metadata": "the metadata stage alone, ours beside others: device and host time by batch size",
     "plot": "draw what `metadata` measured",
     "schedules": "one layer's attention by FA3's schedules, by ours and by the best",
+    "install-check": "what install() gives to an sgl-kernel that makes no metadata: every output compared, times",
     "stress": "random replays of captured steps, every output compared bitwise",
 }
 

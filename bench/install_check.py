@@ -1,7 +1,7 @@
 """What `fa3_metadata.install()` gives to an sgl-kernel without metadata: newer SGLang's decode, as it stands.
 
-    python bench/install_check.py            # minutes; needs a Hopper GPU and an installed sgl_kernel
-    python bench/install_check.py --quick    # few layers and no times
+    python -m bench install-check            # needs a Hopper GPU and an installed sgl_kernel
+    python -m bench install-check --quick    # few layers and no times
 
 sgl-kernel 0.3.20 and 0.3.21 take `scheduler_metadata`, but have no `get_scheduler_metadata`. After `install()` this
 does what the FlashAttention-3 backend of SGLang 0.5.11 does: its imports, its call for the metadata of a decode batch,
@@ -15,15 +15,15 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
-import subprocess
 import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import fa3_metadata
 import torch
 from fa3_metadata.detect import installed_version
+
+from .newer_torch import avoid_misread_tensors
 
 PACKAGES = ("sglang-kernel", "sgl-kernel")
 HEADDIM, MAX_BATCH = 128, 32
@@ -34,9 +34,6 @@ BATCHES = {  # skewed; the longest is the length of the page table, a multiple o
 }
 TIMED_REPLAYS = 41
 EQUAL, SLOWER = "outputs equal", "NOT LOWER"  # of a case's line
-# sgl-kernel 0.3.21 was built for an older torch. On a newer one it raises this now and then, depending on what the
-# process's memory held before; a fresh process has a fresh memory.
-BROKEN, BROKE, TRIES = "doesn't have storage", 75, 5
 Graph = tuple[torch.cuda.CUDAGraph, list[torch.Tensor]]
 
 
@@ -117,18 +114,7 @@ class Decode:
         return self.buffer[:n]
 
     def attend(self, page_table: torch.Tensor, scheduler_metadata: torch.Tensor | None) -> list[torch.Tensor]:
-        """The output of every layer; its call is that of SGLang's `forward_decode`.
-
-        A torch of today tells Python when a tensor gets its second C++ reference and when it loses it; sgl-kernel
-        0.3.21, compiled for an older one, does not. So what it is given has a second one here already.
-        """
-        given = [
-            page_table,
-            self.cache_seqlens,
-            self.cu_seqlens_q,
-            *(tensor for layer in self.layers for tensor in layer),
-        ]
-        _held = torch._C.ScriptList(given + ([] if scheduler_metadata is None else [scheduler_metadata]))
+        """The output of every layer; its call is that of SGLang's `forward_decode`."""
         return [
             self.flash_attn_with_kvcache(
                 q=q,
@@ -235,55 +221,29 @@ def check_case(case: Case, quick: bool) -> str:
     return f"{case}: {EQUAL}; us a layer: {alone:6.2f} without, {ours:6.2f} with, {ratio}"
 
 
-def work(todo: list[Case], quick: bool) -> None:
-    """The child process: a line for each case. Exits with BROKE where the wheel breaks."""
-    print(f"install(): {fa3_metadata.install()}", flush=True)
-    try:
-        for case in todo:
-            print(check_case(case, quick), flush=True)
-            torch.cuda.empty_cache()
-    except Exception:
-        if BROKEN not in traceback.format_exc():
-            raise
-        sys.exit(BROKE)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Exits with a message, and status 1, where an output differs or a layer is not faster with metadata."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench install-check", description=__doc__.splitlines()[0] if __doc__ else None
+    )
     parser.add_argument("--quick", action="store_true", help="few layers, no times")
-    parser.add_argument("--todo", type=int, nargs="+", help=argparse.SUPPRESS)  # the child process: its cases
     options = parser.parse_args(argv)
-    all_cases = cases(options.quick)
-    if options.todo:
-        work([all_cases[i] for i in options.todo], options.quick)
-        return
     found = next((f"{name} {version}" for name in PACKAGES if (version := installed_version(name))), None)
     if found is None or not torch.cuda.is_available():
         sys.exit(f"needs a CUDA GPU and one of {', '.join(PACKAGES)}; found {found or 'none of them'}")
+    all_cases = cases(options.quick)
     print(f"{found}, torch {torch.__version__}, {torch.cuda.get_device_name()}: {len(all_cases)} cases", flush=True)
-    command = [sys.executable, "-W", "ignore", __file__, *(["--quick"] if options.quick else []), "--todo"]
-    todo, slower, tries = list(range(len(all_cases))), 0, 1
-    while True:
-        done = 0
-        with subprocess.Popen([*command, *map(str, todo)], stdout=subprocess.PIPE, text=True) as child:
-            assert child.stdout is not None
-            for line in child.stdout:
-                print(line, end="", flush=True)
-                done, slower = done + (EQUAL in line), slower + (SLOWER in line)
-        if child.returncode != BROKE:
-            break
-        tries = 1 if done else tries + 1
-        if tries > TRIES:
-            sys.exit(f"{found} broke in {TRIES} fresh processes ({BROKEN!r}): it was built for an older torch")
-        print(f'the wheel broke ("{BROKEN}": built for an older torch); the rest in a fresh process', flush=True)
-        todo = [*todo[done + 1 :], todo[done]]  # the case that broke comes last, so that it finds another memory
-    if child.returncode or done < len(todo):
-        sys.exit(f"failed with {len(todo) - done} of {len(all_cases)} cases left: see above")
+    if avoid_misread_tensors():
+        print(
+            "the wheel was built for another torch: it is kept from tensors that it would misread, see newer_torch.py"
+        )
+    print(f"install(): {fa3_metadata.install()}", flush=True)
+    slower = 0
+    for case in all_cases:
+        line = check_case(case, options.quick)
+        slower += SLOWER in line
+        print(line, flush=True)
+        torch.cuda.empty_cache()
     print(f"{len(all_cases)} cases: every output equal to that without metadata", flush=True)
     if slower:
         sys.exit(f"but in {slower} cases layers take no less time with metadata than without: {SLOWER} above")
-
-
-if __name__ == "__main__":
-    main()

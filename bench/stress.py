@@ -1,7 +1,7 @@
 """Random replays of captured decode steps, every output compared bitwise with FA3's per-layer path.
 
-    python bench/stress.py --replays 20000            # on this process's GPU
-    python bench/stress.py --replays 5000 --ranks 2   # data-parallel: one rank a GPU, batches of their own, some idle
+    python -m bench stress --replays 20000            # on this process's GPU
+    python -m bench stress --replays 5000 --ranks 2   # data-parallel: one rank a GPU, batches of their own, some idle
 
 A step has full and sliding-window layers with KV caches of their own. One graph a batch size holds a single metadata
 launch (MetadataPlans) and the layers that use it; its twin holds the same layers without metadata. Each replay draws
@@ -19,6 +19,8 @@ import torch
 import torch.multiprocessing as multiprocessing
 from fa3_metadata import MetadataPlan, MetadataPlans, detect_build
 from fa3_metadata.providers import load_forward
+
+from .newer_torch import avoid_misread_tensors
 
 BATCHES = (1, 2, 5, 16, 48)
 PAGE, PAGES = 64, 100
@@ -69,6 +71,7 @@ class Step:
 
 def stress(replays: int, seed: int, idle: float = 0.0) -> float:
     """Run; seconds taken. Raises `RuntimeError` at the first output that differs."""
+    avoid_misread_tensors()
     rng = random.Random(seed)
     lengths = torch.ones(max(BATCHES), dtype=torch.int32, device="cuda")
     shape = (max(BATCHES) * PAGES, PAGE, 1, 128)
@@ -106,7 +109,9 @@ def _rank(rank: int, ranks: int, replays: int, seed: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench stress", description=__doc__.splitlines()[0] if __doc__ else None
+    )
     parser.add_argument("--replays", type=int, default=20000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ranks", type=int, default=1)
@@ -116,11 +121,6 @@ def main(argv: list[str] | None = None) -> None:
         multiprocessing.spawn(_rank, arguments, nprocs=options.ranks)  # type: ignore[no-untyped-call]
         return
     seconds = stress(options.replays, options.seed)
-    layers = options.replays * len(LAYERS)
     where = f"{detect_build().build} on {torch.cuda.get_device_name()}"
     layers = options.replays * len(LAYERS)
     print(f"{where}: {options.replays} replays, {layers} layer outputs, all bitwise equal, in {seconds:.1f} s")
-
-
-if __name__ == "__main__":
-    main()

@@ -39,7 +39,7 @@ Shape = tuple[int, int]  # SLICE, num_warps
 # The microseconds of a launch: batch size, whether for policy "balanced", shape.
 LaunchTimer = Callable[[int, bool, Shape], float]
 _GAIN = 0.98  # a shape is left for one that takes less than this part of its time
-_SLICES, _WARPS = (1, 32), (1, 8)  # the least and the most that are tried
+_SLICES, _WARPS = (1, 64), (1, 16)  # the least and the most that are tried
 _MANY_BATCH = 4096
 _WARM_UP_CYCLES = 60_000_000  # some 30 ms
 

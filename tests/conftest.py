@@ -9,9 +9,13 @@ import pytest
 import torch
 from fa3_metadata.detect import SEARCH_ORDER, installed_version
 
+from bench.newer_torch import avoid_misread_tensors
+
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
+else:
+    avoid_misread_tensors()
 
 
 def pytest_report_header() -> list[str]:

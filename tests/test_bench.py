@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import first_use, metadata, peers, plot, rows, timing
+from bench import first_use, metadata, newer_torch, peers, plot, rows, timing
 
 BUILD = "sglang-kernel-0.4.2"
 FACTS = timing.Facts("NVIDIA H200", "1980 MHz", "3201 MHz", "580.1", "2.11", "3.6", BUILD, "2026-11-23")
@@ -450,3 +450,46 @@ def test_on_a_gpu(tmp_path: pathlib.Path) -> None:
     measured = {row.peer: row.p50 for row in rows.read_csv(out)[1] if row.metric == "graph" and row.batch == 32}
     assert all(0.2 < (time or 0) < 100 for time in measured.values()), measured
     assert measured["ours"] is not None
+
+
+# ---- a wheel that meets a newer torch --------------------------------------------------------------------------------
+
+
+def test_a_tensor_that_the_wheel_would_misread_is_replaced_by_another_of_the_same_memory() -> None:
+    made = [torch.arange(4) for _ in range(500)]
+    wrong = [tensor for tensor in made if newer_torch.is_misread(tensor)]
+    assert wrong, "none of 500 tensors lies at such an address"
+    for tensor in wrong:
+        found = newer_torch.readable(tensor, misread := [])
+        assert found.data_ptr() == tensor.data_ptr()
+        assert not newer_torch.is_misread(found)
+        assert misread[0] is tensor
+
+
+def test_the_places_of_misread_tensors_are_kept_from_the_next_ones() -> None:
+    base = torch.empty(0)
+    for _ in range(50):
+        newer_torch.keep_misread_places()
+        assert not any(map(newer_torch.is_misread, [base.detach() for _ in range(5)]))
+
+
+def test_a_call_that_misread_its_own_tensors_is_repeated_and_any_other_error_is_not() -> None:
+    errors = [RuntimeError("a Tensor that doesn't have storage")] * 3
+
+    def op(tensor: torch.Tensor, number: int, **named: Any) -> tuple[Any, ...]:
+        if errors:
+            raise errors.pop()
+        return tensor, number, named
+
+    given = torch.arange(3)
+    assert newer_torch._guarded(op, given, 5, pack_gqa=True)[1:] == (5, {"pack_gqa": True})
+    errors[:] = [ValueError("another")]
+    with pytest.raises(ValueError, match="another"):
+        newer_torch._guarded(op, given, 5)
+    errors[:] = [RuntimeError("doesn't have storage")] * 100
+    with pytest.raises(RuntimeError, match="storage"):
+        newer_torch._guarded(op, given, 5)
+
+
+def test_a_wheel_that_is_not_there_needs_no_help() -> None:
+    assert newer_torch.installed_version("sgl-kernel") or not newer_torch.avoid_misread_tensors()

@@ -47,15 +47,17 @@ def _launch_json(gpu: str, shape: Any = (2, 8)) -> dict[str, Any]:
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
+def shipped(way: str, group: int | str) -> tuple[int, int]:
+    path = pathlib.Path(str(shapes.__file__)).with_name("launch_h200.json")
+    return tuple(json.loads(path.read_text())[way][str(group)])
+
+
 def test_every_shape_of_an_h200() -> None:
     found = shapes.shipped_shapes(DEFAULT_GPU)
-    assert [found.find(group, False, False) for group in shapes.GROUPS] == [
-        (4, 4), (4, 4), (2, 2), (4, 4), (4, 4), (8, 4)
-    ]  # fmt: skip
-    assert [found.find(group, True, False) for group in shapes.GROUPS] == [
-        (4, 1), (4, 1), (4, 4), (4, 4), (4, 8), (8, 4)
-    ]  # fmt: skip
-    assert (found.find(1024, False, True), found.find(1024, True, True)) == ((16, 4), (16, 2))
+    for balanced, way in ((False, "fa3"), (True, "balanced")):
+        for group in shapes.GROUPS:
+            assert found.find(group, balanced, False) == shipped(way, group)
+        assert found.find(1024, balanced, True) == shipped(way, "many")
 
 
 def test_an_untuned_gpu_has_an_h200s() -> None:
@@ -107,7 +109,7 @@ def test_without_a_home_folder_the_shipped_tables_serve(monkeypatch: pytest.Monk
     monkeypatch.delenv("FA3_METADATA_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(pathlib.Path, "home", homeless)
-    assert shapes.shipped_shapes(DEFAULT_GPU).find(32, False, False) == (4, 4)
+    assert shapes.shipped_shapes(DEFAULT_GPU).find(32, False, False) == shipped("fa3", 32)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +122,7 @@ def test_a_tuned_table_that_cannot_be_used_is_left_out(text: str, cache: pathlib
     cache.mkdir()
     (cache / "launch-nvidia-h200.json").write_text(text)
     with pytest.warns(UserWarning, match=r"launch-nvidia-h200\.json cannot be used and is ignored"):
-        assert shapes.shipped_shapes(DEFAULT_GPU).find(32, False, False) == (4, 4)
+        assert shapes.shipped_shapes(DEFAULT_GPU).find(32, False, False) == shipped("fa3", 32)
 
 
 def test_the_text_of_a_table_is_json() -> None:

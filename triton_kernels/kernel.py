@@ -108,13 +108,16 @@ def _write_metadata(
         per_n = tl.where(is_causal != 0, tile_n[0] >> 4, 1)
         per_m = tl.where(is_causal != 0, tile_m[0] >> 4, 0)
         key, group_key = num_n * per_n - num_m * per_m, group_n * per_n - group_m * per_m
-        if SHORT:  # with the place in the low bits all keys are different, and one comparison does
+        # [GROUP, SLICE], which has threads side by side along the slice, so that most sums stay within a thread
+        if SHORT:  # the place in the low bits makes all keys different, and a difference's sign says which is greater
             key, group_key = key * 1024 - (i - group_start), group_key * 1024 - (j - group_start)
-        group_key = tl.where(in_group, group_key, -2147483648)
-        before = group_key[None, :] > key[:, None]  # [SLICE, GROUP]
-        if not SHORT:
-            before |= (group_key[None, :] == key[:, None]) & (j[None, :] < i[:, None])
-        position = group_start + tl.sum(before.to(tl.int32), axis=1)
+            group_key = tl.where(in_group, group_key, -(1 << 30))  # less than all, and no difference overflows
+            before = (key[None, :] - group_key[:, None]).to(tl.uint32) >> 31
+        else:
+            before = group_key[:, None] > key[None, :]
+            before |= (group_key[:, None] == key[None, :]) & (j[:, None] < i[None, :])
+            before &= in_group[:, None]
+        position = group_start + tl.sum(before.to(tl.int32), axis=0)
 
     # order -> rows, padded with zeros
     written = i < tl.minimum(group_start + SORT_GROUP, row_stride)
