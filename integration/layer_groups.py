@@ -58,12 +58,14 @@ class MetadataPlans:
             starts.append(starts[-1] + padded(plan.capacity))
         self._starts = starts[:-1]
         self._buffer = torch.empty(starts[-1], dtype=torch.int32, device=first.device)
+        self._on_cpu = first.device.type == "cpu"
         self._table = self._make_table()
         self._kept = False
         self._some_launch: Any = None  # of the last batch size that was new, to share with the next one
         self._steps: dict[int, _Step] = {}
         self._step: _Step | None = None
-        self._again: dict[Hashable, tuple[_Step, Callable[[], bool]]] = {}  # by address and kind of the lengths
+        # By address and kind of the lengths; None: seen once, and whether they will come again is not known.
+        self._again: dict[Hashable, tuple[_Step, Callable[[], bool]] | None] = {}
         for place, plan in enumerate(self.plans):
             plan._group, plan._place = self, place
 
@@ -120,15 +122,18 @@ class MetadataPlans:
 
     def _remember(self, key: Hashable, tensors: LengthTensors, step: _Step) -> None:
         """So that the next update from lengths at the same place need not look at everything again."""
-        if self._buffer.device.type == "cpu" or self.plans[0].varying:
+        if self._on_cpu or self.plans[0].varying:
+            return
+        if key not in self._again:
+            if len(self._again) >= _MOST_REMEMBERED:  # an engine keeps its lengths in one place, or a few
+                self._again.clear()
+            self._again[key] = None
             return
         if self._table is None:
             launch = step.resolved[0].repeat(tensors, step.views[0])
         else:
             launch = step.launch.repeat((self._buffer, self._table), tensors.pointers())
         if launch is not None:
-            if len(self._again) >= _MOST_REMEMBERED:  # an engine keeps its lengths in one place, or a few
-                self._again.clear()
             self._again[key] = step, launch
 
     def warm_up(self, batch_sizes: Iterable[int] | None = None, dtype: torch.dtype = torch.int32) -> None:
@@ -186,14 +191,14 @@ class MetadataPlans:
 
     def _make_table(self) -> torch.Tensor | None:
         """The numbers of the plans on the device. They do not depend on the batch size, so once is enough."""
-        if len(self.plans) == 1 or self._buffer.device.type == "cpu":
+        if len(self.plans) == 1 or self._on_cpu:
             return None
         plans = [plan.resolved(self.max_batch_size).plan for plan in self.plans]
         table: torch.Tensor = load_launch(self._buffer.device).layer_groups_table(plans, self._starts)
         return table.to(self._buffer.device)
 
     def _keep_if_captured(self) -> None:
-        if self._kept or self._buffer.device.type == "cpu" or not torch.cuda.is_current_stream_capturing():
+        if self._kept or self._on_cpu or not torch.cuda.is_current_stream_capturing():
             return
         self._kept = True
         _captured.extend(tensor for tensor in (self._buffer, self._table) if tensor is not None)

@@ -174,13 +174,17 @@ def test_driver_launches_are_given_what_the_first_one_was(
     monkeypatch.setattr(driver, "_launch_function", lambda: cuda)
     for _ in range(2):
         made(pointers, (lengths, None, None, None, None))
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: lengths.device.index, raising=False)
+    again = made.repeat(pointers, (lengths, None, None, None, None))
+    assert again is not None
+    assert [again(), again()] == [True, True]
     assert len(fake.launches) == 1
     for read in cuda.seen:
         for name, value in read.items():
             wanted = first[name]
             wanted = wanted.data_ptr() if isinstance(wanted, torch.Tensor) else wanted
             assert value == (pytest.approx(wanted) if isinstance(wanted, float) else wanted), name
-    assert len(cuda.seen) == 2
+    assert len(cuda.seen) == 4
     strided = torch.arange(120, dtype=torch.int32)[::3]  # through Triton
     made(pointers, (strided, None, None, None, None))
     assert (fake.launches[1]["CONTIGUOUS"], fake.launches[1]["stride_0"]) == (False, 3)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -46,6 +46,7 @@ class DriverLaunch:
     def __init__(
         self, made: Any, num_pointers: int, strides: Sequence[int], numbers: Sequence[int | float], early: bool
     ) -> None:
+        self._made_of = made, num_pointers, strides, numbers, early
         self._function: int = made.function
         self._pointers = (ctypes.c_uint64 * num_pointers)()
         words = (*strides, *numbers)
@@ -67,20 +68,45 @@ class DriverLaunch:
             1, 1, 1, threads, 1, 1, shared_bytes, None, ctypes.pointer(self._attribute), int(early)
         )  # fmt: skip
         self._where = ctypes.addressof(self._config), ctypes.addressof(self._parameters)
+        self._by_stream: dict[int, int] = {}  # the address of its config
+        self._configs: list[_Config] = []  # whose memory these are
         self._lock = threading.Lock()  # parameters are read from here during the call
 
     def __call__(self, stream: int, pointers: list[int], batch_size: int, grid: tuple[int, int, int]) -> bool:
         """Launch; False where this thread has no CUDA context yet. Raises `RuntimeError` for any other failure."""
-        (config, parameters), fields = self._where, self._config
+        config, parameters = self._where
         with self._lock:
-            self._pointers[:] = pointers  # type: ignore[assignment]
-            self._batch_size.value = batch_size
-            fields.stream = stream
-            fields.x, fields.y, fields.z = grid
-            error = _launch_function()(config, self._function, parameters, None)
-        if error and error != _NO_CONTEXT:
-            raise RuntimeError(f"cuLaunchKernelEx failed with CUDA error {error}")
-        return not error
+            self._set(pointers, batch_size, grid)
+            self._config.stream = stream
+            return _launched(_launch_function()(config, self._function, parameters, None))
+
+    def bound(self, pointers: list[int], batch_size: int, grid: tuple[int, int, int]) -> Callable[[int], bool]:
+        """The same launch again and again, of which only the stream is left to be given."""
+        own = DriverLaunch(*self._made_of)
+        own._set(pointers, batch_size, grid)
+        return own._again
+
+    def _set(self, pointers: list[int], batch_size: int, grid: tuple[int, int, int]) -> None:
+        self._pointers[:] = pointers  # type: ignore[assignment]
+        self._batch_size.value = batch_size
+        self._config.x, self._config.y, self._config.z = grid
+
+    def _again(self, stream: int) -> bool:
+        config = self._by_stream.get(stream) or self._config_of(stream)  # needs no lock: nothing is written any more
+        return _launched(_launch_function()(config, self._function, self._where[1], None))
+
+    def _config_of(self, stream: int) -> int:
+        made = _Config.from_buffer_copy(self._config)
+        made.stream = stream
+        self._configs.append(made)
+        self._by_stream[stream] = ctypes.addressof(made)
+        return self._by_stream[stream]
+
+
+def _launched(error: int) -> bool:
+    if error and error != _NO_CONTEXT:
+        raise RuntimeError(f"cuLaunchKernelEx failed with CUDA error {error}")
+    return not error
 
 
 def can_launch(made: Any) -> bool:

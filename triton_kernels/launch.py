@@ -101,8 +101,8 @@ class Launch:
             return None
         device, addresses = lengths[0].device.index, _addresses(pointers, lengths)
         current_device, current_stream = torch._C._cuda_getDevice, torch._C._cuda_getCurrentRawStream
-        batch_size, grid = self._batch_size, self._grid
-        return lambda: current_device() == device and launch(current_stream(device), addresses, batch_size, grid)
+        again = launch.bound(addresses, self._batch_size, self._grid)
+        return lambda: current_device() == device and again(current_stream(device))
 
     def _driver_launch(
         self, key: tuple[Any, ...], pointers: tuple[torch.Tensor, ...], lengths: LengthPointers
@@ -111,9 +111,15 @@ class Launch:
         made, contiguous = _compiled.get(self._identity(key)), key[1]
         if made is None or not contiguous or not can_launch(made):
             return None
-        num_pointers = sum(t is not None for t in (*pointers, *lengths))
-        self._launches[key] = DriverLaunch(made, num_pointers, _UNIT_STRIDES, self._numbers, self._early)
-        return self._launches[key]
+        found = _driver_launches.get((made, self._numbers[1:]))
+        if found is None:
+            if len(_driver_launches) >= _MOST_DRIVER_LAUNCHES:
+                _driver_launches.clear()
+            num_pointers = sum(t is not None for t in (*pointers, *lengths))
+            found = DriverLaunch(made, num_pointers, _UNIT_STRIDES, self._numbers, self._early)
+            _driver_launches[made, self._numbers[1:]] = found
+        self._launches[key] = found
+        return found
 
     def _identity(self, key: tuple[Any, ...]) -> tuple[Any, ...]:
         """What a kernel is compiled for."""
@@ -121,6 +127,9 @@ class Launch:
 
 
 _compiled: dict[tuple[Any, ...], Any] = {}  # Launch._identity -> what Triton made
+# What Triton made, and all numbers but the batch size.
+_driver_launches: dict[tuple[Any, tuple[int | float, ...]], DriverLaunch] = {}
+_MOST_DRIVER_LAUNCHES = 1024
 
 
 def metadata_launch(problem: Problem, plan: LaunchPlan, like: Launch | None = None) -> Launch:

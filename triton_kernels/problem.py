@@ -85,8 +85,10 @@ class Problem:
     def __post_init__(self) -> None:
         if self.qkv_dtype not in ELEMENT_SIZE:
             raise TypeError(f"qkv_dtype must be one of {', '.join(ELEMENT_SIZE)}, got {self.qkv_dtype!r}")
+        values = vars(self)
         for name, low, high in _INTEGER_FIELDS:
-            object.__setattr__(self, name, checked_int(name, getattr(self, name), low, high))
+            if type(value := values[name]) is not int or not low <= value <= high:
+                values[name] = checked_int(name, value, low, high)
         for name in ("has_cu_seqlens_q", "has_seqused_q", "has_leftpad_k", "causal", "has_softcap", "batch_invariant"):
             checked_bool(name, getattr(self, name))
         checked_choice("policy", self.policy, POLICIES)
@@ -94,7 +96,7 @@ class Problem:
         if self.batch_invariant and self.policy != "balanced":
             raise ValueError(f'batch_invariant needs policy "balanced", got {self.policy!r}')
         if self.headdim_v is None:
-            object.__setattr__(self, "headdim_v", self.headdim)
+            values["headdim_v"] = self.headdim
         checked_int("headdim_v", self.value_headdim, 1, MAX_HEADDIM_V)
         if self.page_size is not None:
             checked_int("page_size", self.page_size, 1)
@@ -104,7 +106,7 @@ class Problem:
             raise ValueError(
                 f"num_heads must be a multiple of num_heads_k, got {self.num_heads} and {self.num_heads_k}"
             )
-        object.__setattr__(self, "window_size", _checked_window(self.window_size))
+        values["window_size"] = _checked_window(self.window_size)
         if self.arch not in ARCHS:
             raise ValueError(f"arch must be one of {', '.join(map(str, ARCHS))} (FA3's GPUs), got {self.arch}")
         if self.sm_margin >= self.num_sms:

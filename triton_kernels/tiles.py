@@ -17,6 +17,8 @@ vLLM wheels, the TileShape_MNK template arguments in the names of the kernels co
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 TileTable = tuple[tuple[int, str, int, int], ...]
 
 
@@ -28,6 +30,7 @@ def find_tile(table: TileTable, headdim: int, flags: frozenset[str]) -> tuple[in
     raise LookupError(f"no tile for head dim {headdim} with {sorted(flags)}")
 
 
+@lru_cache(maxsize=1024)
 def _holds(condition: str, flags: frozenset[str]) -> bool:
     return not condition or any(
         all(flag.strip() in flags for flag in choice.split("&")) for choice in condition.split("|")
