@@ -49,8 +49,7 @@ def fastest_blocks_per_split(
     packed = (num_n * 16 + tl.minimum(num_m, 15))[:, None]  # one exchange between threads in place of two
     num_n, num_m = packed >> 4, packed & 15
     # [GROUP, CANDIDATES], three sums over the batch in one reduction
-    wanted = num_n.to(tl.float32) * inverse + 0.4995 + 8388608.0  # rounded to an integer, in the mantissa
-    tiles = num_m * tl.maximum(wanted.to(tl.int32, bitcast=True) - 0x4B000000, 1)
+    tiles = num_m * tl.maximum(_rounded(num_n.to(tl.float32) * inverse + 0.4995), 1)
     big = num_n * 2 > c
     big_blocks = tl.where(big, work_of(num_m, num_n, causal_saving), 0)
     joined = tl.join(tl.join(tiles, tl.where(big, tiles, 0)), tl.join(big_blocks, big_blocks))
@@ -64,7 +63,7 @@ def fastest_blocks_per_split(
     big_tiles = tl.maximum(big_tiles, 1.0)
     quotient = tl.div_rn(1.0, big_tiles * big_cost)
     big_tile = big_cost * big_cost * quotient
-    full_waves = tl.floor((big_tiles - 0.5) * share)
+    full_waves = ((big_tiles - 0.5) * share - 0.4995 + 12582912.0) - 12582912.0
     filled = average * (big_tiles * big_tiles * quotient) - full_waves
     waves = big_tile * (full_waves + _block_cost(tl.minimum(filled, 1.0), alone))
     time = tl.where(filled >= 1.0, average, waves)
@@ -78,11 +77,18 @@ def fastest_blocks_per_split(
 
 
 @triton.jit
+def _rounded(x):
+    """A number under 2^22 rounded to an integer, in the mantissa of a large number: a conversion to int is slow."""
+    return (x + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+
+
+@triton.jit
 def _candidates(k, load, longest, num_splits, SHORT: tl.constexpr):
     """reference._candidates: candidate `k` for the key blocks of a split."""
-    spread = ((4 + (k & 3)) << (k >> 2)).to(tl.float32) * 0.125
-    c = 1 + k + (load * spread).to(tl.int32)
-    c = tl.where(k == 0, tl.ceil(load * 1.1).to(tl.int32), c)
+    spread = tl.where(k == CANDIDATES - 1, 96, 32 + 3 * k).to(tl.float32) * 0.015625
+    load = tl.minimum(load, 2097152.0)
+    c = 1 + k + _rounded(load * spread - 0.4995)
+    c = tl.where(k == 0, _rounded(load * 1.1 + 0.4995), c)
     return tl.maximum(tl.minimum(c, longest), cdiv(longest, num_splits, SHORT))
 
 

@@ -173,9 +173,8 @@ def _fastest_blocks_per_split(plan: LaunchPlan, num_m_blocks: Ints, blocks: Ints
     reciprocal = f32(1) / (size * longest_tile)  # one division for two
     inverse = longest_tile * reciprocal
 
-    # As the kernel rounds: to the nearest of a little less than half more, by the mantissa of a large number.
-    wanted = blocks[:, None].astype(f32) * inverse + f32(0.4995) + f32(2**23)
-    tiles = num_m_blocks[:, None] * np.maximum((wanted - f32(2**23)).astype(i32), 1)
+    wanted = _rounded(blocks[:, None].astype(f32) * inverse + f32(0.4995))  # up, but for the least excess
+    tiles = num_m_blocks[:, None] * np.maximum(wanted.astype(i32), 1)
     big = 2 * blocks[:, None] > candidates
     all_tiles = np.sum(tiles, axis=0, dtype=i32).astype(f32) * heads
     big_tiles = np.sum(tiles * big, axis=0, dtype=i32).astype(f32) * heads
@@ -186,7 +185,7 @@ def _fastest_blocks_per_split(plan: LaunchPlan, num_m_blocks: Ints, blocks: Ints
     big_tiles = np.maximum(big_tiles, f32(1))
     quotient = f32(1) / (big_tiles * big_cost)
     big_tile = big_cost * big_cost * quotient  # its mean cost
-    full_waves = np.floor((big_tiles - f32(0.5)) * share)
+    full_waves = _rounded((big_tiles - f32(0.5)) * share - f32(0.4995))  # down
     filled = average * (big_tiles * big_tiles * quotient) - full_waves  # of the SMs in the last wave, small tiles too
     waves = big_tile * (full_waves + _block_cost(costs, np.minimum(filled, f32(1))))
     time = np.where(filled >= 1, average, waves)
@@ -199,12 +198,19 @@ def _fastest_blocks_per_split(plan: LaunchPlan, num_m_blocks: Ints, blocks: Ints
 
 def _candidates(plan: LaunchPlan, load: np.float32, longest: np.int32) -> Ints:
     """Key blocks of a split: FA3's choice, and others around the load of an SM."""
-    k = np.arange(NUM_CANDIDATES, dtype=np.int32)
-    spread = ((4 + (k & 3)) << (k >> 2)).astype(np.float32) * np.float32(0.125)  # 0.5 to 1.75
-    candidates = 1 + k + (load * spread).astype(np.int32)
-    candidates[0] = np.int32(np.ceil(load * np.float32(1.1)))
+    k, f32 = np.arange(NUM_CANDIDATES, dtype=np.int32), np.float32
+    spread = np.where(k == NUM_CANDIDATES - 1, 96, 32 + 3 * k).astype(f32) * f32(1 / 64)  # 0.55 to 0.78, and 1.5
+    load = np.minimum(load, f32(2**21))
+    candidates = 1 + k + _rounded(load * spread - f32(0.4995)).astype(np.int32)
+    candidates[0] = _rounded(load * f32(1.1) + f32(0.4995))
     at_least = -(-longest // np.int32(plan.num_splits))
     return np.maximum(np.minimum(candidates, longest), at_least).astype(np.int32)
+
+
+def _rounded(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Numbers under 2^22 rounded to integers as the kernel does it: in the mantissa of a large number."""
+    large = np.float32(1.5 * 2**23)
+    return (x + large) - large
 
 
 def _block_cost(costs: Costs, busy: NDArray[np.float32]) -> NDArray[np.float32]:
