@@ -248,7 +248,7 @@ _PRESENCE = ("has_cu_seqlens_q", "has_seqused_q", "has_leftpad_k")
 _again: dict[tuple[Any, ...], tuple[Callable[[], bool], int] | None] = {}
 _MOST_AGAIN = 256
 _resolved: dict[tuple[Any, ...], ResolvedCall] = {}
-_some_resolved: dict[tuple[Any, ...], ResolvedCall] = {}  # whatever the batch size
+_some_resolved: dict[tuple[Any, ...], ResolvedCall] = {}  # whatever batch_size and max_seqlen_k
 _MOST_RESOLVED = 4096
 
 
@@ -287,16 +287,18 @@ def _resolve(tensors: LengthTensors, static: tuple[Any, ...], rules: FA3Rules) -
     if found is not None:
         tensors.check(found.problem.batch_size)
         return found
-    like = None if key is None else _some_resolved.get(key[1:])  # of another batch size
-    made = None
+    like, made = None, None
+    if key is not None:
+        others = (key[1], *key[3:])  # all but batch_size and max_seqlen_k
+        like = _some_resolved.get(others)
     if like is not None:
-        batch_size = checked_int("batch_size", static[0], 0)
+        batch_size, max_seqlen_k = checked_int("batch_size", static[0], 0), checked_int("max_seqlen_k", static[2], 0)
         tensors.check(batch_size)
-        made = like.for_batch(batch_size)
+        made = like.like_this(batch_size, max_seqlen_k)
     if made is None:
         made = resolve(make_problem(tensors, **dict(zip(_STATIC, static, strict=True))), rules)
     if key is not None:
-        for known, one in ((_resolved, key), (_some_resolved, key[1:])):
+        for known, one in ((_resolved, key), (_some_resolved, others)):
             if len(known) >= _MOST_RESOLVED:
                 known.clear()
             known[one] = made

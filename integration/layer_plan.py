@@ -127,7 +127,7 @@ class MetadataPlan:
         """Problem and launch plan of a batch of this size."""
         if (found := self._resolved.get(batch_size)) is None:
             like = self._some_resolved.get(batch_size > MAX_DYNAMIC_SPLIT_BATCH)
-            found = None if like is None else like.for_batch(batch_size)
+            found = None if like is None else like.like_this(batch_size, self.problem.max_seqlen_k)
             found = found or resolve(replace(self.problem, batch_size=batch_size), self._rules)
             self._resolved[batch_size] = self._some_resolved[batch_size > MAX_DYNAMIC_SPLIT_BATCH] = found
         return found

@@ -11,7 +11,7 @@ import torch
 
 from .arguments import LengthTensors
 from .triton_kernels.builds import FA3Rules
-from .triton_kernels.plan import LaunchPlan, make_plan, plan_for_batch
+from .triton_kernels.plan import LaunchPlan, make_plan, plan_like
 from .triton_kernels.problem import Problem, unchecked_replace
 from .triton_kernels.reference import Lengths, reference_metadata
 
@@ -25,14 +25,15 @@ class ResolvedCall:
     def __init__(self, problem: Problem, plan: LaunchPlan) -> None:
         self.problem, self.plan = problem, plan
         self._launch: Launch | None = None
-        self._like: ResolvedCall | None = None  # of another batch size, whose launch this one can share
+        self._like: ResolvedCall | None = None  # of other sizes, whose launch this one can share
 
-    def for_batch(self, batch_size: int) -> ResolvedCall | None:
-        """The same for another batch size, without planning anew; None where that changes more than the size."""
-        plan = plan_for_batch(self.plan, self.problem, batch_size)
+    def like_this(self, batch_size: int, max_seqlen_k: int) -> ResolvedCall | None:
+        """The same for other sizes, without planning anew; None where that changes more than the sizes."""
+        plan = plan_like(self.plan, self.problem, batch_size, max_seqlen_k)
         if plan is None:
             return None
-        made = ResolvedCall(unchecked_replace(self.problem, batch_size=batch_size), plan)
+        problem = unchecked_replace(self.problem, batch_size=batch_size, max_seqlen_k=max_seqlen_k)
+        made = ResolvedCall(problem, plan)
         made._like = self
         return made
 

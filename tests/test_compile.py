@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import inspect
+import itertools
 import os
 import random
 import subprocess
@@ -190,6 +191,13 @@ def test_driver_launches_are_given_what_the_first_one_was(
     assert (fake.launches[1]["CONTIGUOUS"], fake.launches[1]["stride_0"]) == (False, 3)
 
 
+SHARING: tuple[dict[str, Any], ...] = (
+    {}, {"num_splits": 0}, {"policy": "balanced"}, {"policy": "balanced", "num_splits": 0}, {"window_size": (300, 0)},
+    {"max_seqlen_q": 4, "num_splits": 0}, {"max_seqlen_q": 3000, "num_splits": 0},
+    {"causal": False, "num_splits": 0}, {"arch": 80}, {"arch": 80, "num_splits": 0}, {"page_size": None},
+)  # fmt: skip
+
+
 COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
@@ -223,26 +231,27 @@ def test_kernels_compile_for_hopper_anywhere() -> None:
     assert len(run.stdout.splitlines()) == 6
 
 
-def test_another_batch_size_shares_what_does_not_depend_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the plan and of the launch: the same as if made anew, whichever batch size came before."""
+def test_other_sizes_share_what_does_not_depend_on_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the plan and of the launch: the same as if made anew, whichever sizes came before."""
     monkeypatch.setattr(launch, "INTERPRETED", False)  # the launch shapes of a GPU
-    sizes = (1, 40, 33, 64, 65, 300, 992, 993, 1984, 1985, 5000, 31)
-    for policy, build in (("fa3", BUILDS[0]), ("fa3", BUILDS[1]), ("balanced", BUILDS[0]), ("balanced", BUILDS[1])):
-        call = arguments(lengths(1, torch.device("cpu")), build) | {"cache_seqlens": None, "policy": policy}
+    sizes = [(batch, 65536) for batch in (1, 40, 33, 64, 65, 300, 992, 993, 1984, 1985, 5000, 31)]
+    sizes += [(31, 70000), (8, 100), (8, 5000), (8, 1 << 24), (1, 1 << 24), (1, 0), (300, 4096), (300, 4097)]
+    shared_ones = 0
+    for build, more in itertools.product(BUILDS[:2], SHARING):
+        call = arguments(lengths(1, torch.device("cpu")), build) | {"cache_seqlens": None} | more
         _, problem, rules, _ = fa3_metadata.api.plan_call(call)
         like = resolve(problem, rules)
         before = launch.metadata_launch(problem, like.plan)
-        for size in sizes:
-            anew = resolve(replace(problem, batch_size=size), rules)
-            shared = like.for_batch(size)
-            if shared is None:
-                assert (size > 992) != (like.problem.batch_size > 992)
-                shared = anew
+        for batch_size, max_seqlen_k in sizes:
+            anew = resolve(replace(problem, batch_size=batch_size, max_seqlen_k=max_seqlen_k), rules)
+            shared = like.like_this(batch_size, max_seqlen_k) or anew
+            shared_ones += shared is not anew
             assert (shared.problem, shared.plan) == (anew.problem, anew.plan)
-            made = launch.metadata_launch(shared.problem, shared.plan, before)
+            made = launch.metadata_launch(shared.problem, shared.plan, None if shared is anew else before)
             fresh = launch.metadata_launch(anew.problem, anew.plan)
             assert vars(made) | {"_launches": {}} == vars(fresh)
             like, before = shared, made
+    assert shared_ones > 100
 
 
 def test_early_launch_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,9 +54,9 @@ class Launch:
 
     def __init__(
         self, function: Any, grid: tuple[int, int, int], numbers: tuple[int | float, ...], constants: dict[str, Any],
-        kind: tuple[int, ...], balanced: bool, arch: int,
+        kind: tuple[Any, ...], balanced: bool, arch: int,
     ) -> None:  # fmt: skip
-        self.kind = kind  # slice, group, warps, and how splits are found: what may change with the batch size
+        self.kind = kind  # slice, group, warps, how splits are found, whether short: what may change with the sizes
         # Programmatic dependent launch: programs start while the kernel before ends, and wait for its end themselves.
         # That kernel must have waited for those before it, as FA3's do.
         early = arch >= 90 and not INTERPRETED and kernel.CAN_START_EARLY and os.environ.get(EARLY_VARIABLE, "1") != "0"
@@ -135,7 +135,7 @@ _MOST_DRIVER_LAUNCHES = 1024
 def metadata_launch(problem: Problem, plan: LaunchPlan, like: Launch | None = None) -> Launch:
     """The launch that writes one plan's metadata; called with (out,) and the lengths.
 
-    `like` is that of the same plan for another batch size; what can be shared with it need not be made again.
+    `like` is that of the same plan for another batch size or max_seqlen_k; what can be shared need not be made again.
 
     `out` is int32, contiguous, of at least `plan.layout.size` elements; lengths are on its device. A call reads nothing
     back, allocates nothing and does not synchronise. CPU tensors need Triton's interpreter (TRITON_INTERPRET=1 before
@@ -144,7 +144,7 @@ def metadata_launch(problem: Problem, plan: LaunchPlan, like: Launch | None = No
     batch_size = plan.layout.batch_size
     slice_, group, num_warps = launch_shape(batch_size, plan.layout.is_sorted, plan.costs is not None, problem.gpu)
     grid = _grid(batch_size, slice_, 1)
-    kind = (slice_, group, num_warps, _splits_constant(plan))
+    kind = (slice_, group, num_warps, _splits_constant(plan), plan.is_short)
     if like is not None and like.kind == kind:
         return like.for_batch(batch_size, grid)
     numbers = (batch_size, problem.max_seqlen_q, problem.max_seqlen_k_new, *_numbers(plan))
@@ -162,7 +162,7 @@ def layer_groups_launch(problem: Problem, plans: Sequence[LaunchPlan], like: Lau
     any_sorted, balanced = any(plan.layout.is_sorted for plan in plans), any(plan.costs is not None for plan in plans)
     slice_, group, num_warps = launch_shape(batch_size, any_sorted, balanced, problem.gpu)
     grid = _grid(batch_size, slice_, len(plans))
-    kind = (slice_, group, num_warps, *map(_splits_constant, plans))
+    kind = (slice_, group, num_warps, *((_splits_constant(plan), plan.is_short) for plan in plans))
     if like is not None and like.kind == kind:
         return like.for_batch(batch_size, grid)
     numbers = (batch_size, problem.max_seqlen_q, problem.max_seqlen_k_new)
@@ -215,8 +215,8 @@ def _numbers(plan: LaunchPlan) -> tuple[int | float, ...]:
     return (
         plan.q_heads_per_row, plan.block_m, _multiplier(plan.block_m), plan.block_n, _multiplier(plan.block_n),
         plan.num_splits, plan.num_heads, plan.heads_per_l2_head, plan.max_kvblocks_in_l2, int(plan.is_causal),
-        float(share), plan.window_size[0], plan.attention_chunk, costs.fixed_blocks, plan.causal_saving,
-        costs.tile, costs.alone, costs.per_split,
+        float(share), plan.window_size[0] if plan.is_local else 0, plan.attention_chunk, costs.fixed_blocks,
+        plan.causal_saving, costs.tile, costs.alone, costs.per_split,
     )  # fmt: skip
 
 

@@ -140,7 +140,7 @@ def make_plan(problem: Problem, rules: FA3Rules) -> LaunchPlan:
         costs=costs_of(p, _compiled_kernel(p, block_m, block_n)) if balanced else None,
         attention_chunk=p.attention_chunk,
         max_seqlen_q=p.max_seqlen_q,
-        is_short=max(p.max_seqlen_k + p.max_seqlen_k_new, p.max_seqlen_q * group) + block_m + block_n < 2**24,
+        is_short=_is_short(p, block_m, block_n),
         layout=MetadataLayout(
             batch_size=p.batch_size,
             row_names=tuple(row for row, when in rules.rows if conditions[when]),
@@ -151,12 +151,30 @@ def make_plan(problem: Problem, rules: FA3Rules) -> LaunchPlan:
     )
 
 
-def plan_for_batch(plan: LaunchPlan, problem: Problem, batch_size: int) -> LaunchPlan | None:
-    """`plan` of `problem` for another batch size; None where more than that would change."""
+def plan_like(plan: LaunchPlan, problem: Problem, batch_size: int, max_seqlen_k: int) -> LaunchPlan | None:
+    """`plan` of `problem` for another batch size and max_seqlen_k; None where more than that would change."""
     same_side = (batch_size > MAX_DYNAMIC_SPLIT_BATCH) == (problem.batch_size > MAX_DYNAMIC_SPLIT_BATCH)
     if not same_side or (plan.costs is not None and not problem.num_splits):  # whose bound depends on the batch size
         return None
-    return unchecked_replace(plan, layout=unchecked_replace(plan.layout, batch_size=batch_size))
+    changes: dict[str, object] = {"layout": unchecked_replace(plan.layout, batch_size=batch_size)}
+    if max_seqlen_k != problem.max_seqlen_k:
+        if problem.arch < 90 or problem.window_size != (-1, -1) or problem.attention_chunk:
+            return None
+        p = unchecked_replace(problem, max_seqlen_k=max_seqlen_k)
+        is_causal, is_local, window = _normalise_mask(p)
+        if not problem.num_splits:
+            blocks = plan.num_sms, plan.block_m, plan.block_n
+            num_splits, reason = _resolve_num_splits(p, *blocks, is_causal, is_local, window)
+            if num_splits != plan.num_splits:
+                return None
+            changes["num_splits_reason"] = reason
+        changes |= {"window_size": window, "is_short": _is_short(p, plan.block_m, plan.block_n)}
+    return unchecked_replace(plan, **changes)
+
+
+def _is_short(p: Problem, block_m: int, block_n: int) -> bool:
+    longest = max(p.max_seqlen_k + p.max_seqlen_k_new, p.max_seqlen_q * p.q_heads_per_kv_head)
+    return longest + block_m + block_n < 2**24
 
 
 def _normalise_mask(p: Problem) -> tuple[bool, bool, tuple[int, int]]:
