@@ -9,6 +9,9 @@ COMMANDS = {
     "metadata": "the metadata stage alone, ours beside others: device and host time by batch size",
     "plot": "draw what `metadata` measured",
     "schedules": "one layer's attention by FA3's schedules, by ours and by the best",
+    "decode-step": "a whole decode step of real models: FA3 per layer, SGLang's precompute, ours",
+    "sglang-decode": "decode steps of a real SGLang: without metadata, with its own, with ours",
+    "sglang-check": "a real SGLang's logits with and without our metadata, bit for bit",
     "install-check": "what install() gives to an sgl-kernel that makes no metadata: every output compared, times",
     "stress": "random replays of captured steps, every output compared bitwise",
 }

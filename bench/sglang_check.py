@@ -1,6 +1,6 @@
 """A real SGLang decodes without metadata, with its own and with ours: all logits must have the same bits.
 
-    python bench/sglang_check.py
+    python -m bench sglang-check
 
 Ours comes by the adapter, and by `install(wrap_forward=True)` as for versions that make none. Needs an importable
 SGLang with its FlashAttention-3 backend, and a Hopper GPU. A small Llama-shaped model with random weights runs in one
@@ -20,25 +20,15 @@ import subprocess
 import sys
 import tempfile
 
+from .sglang_model import load, make_model, use, why_not
+
 VARIANTS = ("none", "sglang", "adapter", "wrapper")
 BATCHES = ((1, 700), (8, 300), (16, 1000), (5, 2000), (2, 60), (11, 129))  # sequences, tokens of context
 STEPS = 64
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 1024, "intermediate_size": 2048,
-    "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 128, "vocab_size": 16384,
-    "max_position_embeddings": 16384, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "hidden_act": "silu",
-    "torch_dtype": "bfloat16", "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
+SIZES = {
+    "hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 6, "num_attention_heads": 8,
+    "num_key_value_heads": 1, "vocab_size": 16384, "max_position_embeddings": 16384,
 }  # fmt: skip
-
-
-def make_model(folder: pathlib.Path) -> None:
-    """A config and a tokenizer; weights are SGLang's dummies, the same in every process."""
-    from tokenizers import Tokenizer, models
-
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    words = {f"w{i}": i for i in range(int(str(CONFIG["vocab_size"])))}
-    Tokenizer(models.WordLevel(words, unk_token="w0")).save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
 
 
 def decode(variant: str, folder: pathlib.Path) -> list[str]:
@@ -48,34 +38,12 @@ def decode(variant: str, folder: pathlib.Path) -> list[str]:
     import numpy as np
     import torch
     from sglang import bench_one_batch
-    from sglang.srt.server_args import PortArgs, ServerArgs
 
     logging.getLogger("fa3_metadata").setLevel(logging.DEBUG)
     logging.getLogger("fa3_metadata").addHandler(logging.StreamHandler())
-    if variant == "adapter":
-        from fa3_metadata.engines.sglang import attach_new_backends
-
-        attach_new_backends()
-    if variant == "wrapper":
-        import fa3_metadata
-
-        print(fa3_metadata.install(wrap_forward=True))
-    if variant in ("none", "wrapper"):  # SGLang as it was before it made metadata itself
-        from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBackend
-
-        init = FlashAttentionBackend.__init__
-
-        def without(self: object, *args: object, **kwargs: object) -> None:
-            init(self, *args, **kwargs)
-            self._get_scheduler_metadata = None  # type: ignore[attr-defined]
-
-        FlashAttentionBackend.__init__ = without
-    arguments = ServerArgs(
-        model_path=str(folder), load_format="dummy", attention_backend="fa3", sampling_backend="pytorch", page_size=1,
-        mem_fraction_static=0.3, max_total_tokens=100_000, cuda_graph_bs=[1, 8, 16], grammar_backend="none",
-        disable_radix_cache=True, disable_piecewise_cuda_graph=True, context_length=16384,
-    )  # fmt: skip
-    runner, _ = bench_one_batch.load_model(arguments, PortArgs.init_new(arguments), 0, 0)[:2]
+    use(variant)
+    graphs = {"cuda_graph_bs": [1, 8, 16], "context_length": 16384}
+    runner = load(folder, mem_fraction_static=0.3, max_total_tokens=100_000, **graphs)
     digests = []
     for batch_size, context in BATCHES:
         np.random.seed(batch_size)
@@ -84,32 +52,35 @@ def decode(variant: str, folder: pathlib.Path) -> list[str]:
         tokens, logits, batch = runner.extend(requests)
         generator = torch.Generator("cuda").manual_seed(batch_size)
         for _ in range(STEPS):
-            vocabulary = int(str(CONFIG["vocab_size"]))
-            tokens = torch.randint(vocabulary, tokens.shape, generator=generator, device="cuda").to(tokens.dtype)
+            tokens = torch.randint(SIZES["vocab_size"], tokens.shape, generator=generator, device="cuda").to(
+                tokens.dtype
+            )
             tokens, logits = runner.decode(tokens, batch)
             digests.append(hashlib.sha256(logits.float().cpu().numpy().tobytes()).hexdigest())
     assert torch.isfinite(logits).all()
     return digests
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="SGLang's logits with and without our metadata, bit for bit")
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench sglang-check", description="SGLang's logits with and without our metadata, bit for bit"
+    )
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=pathlib.Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
+    if missing := why_not():
+        print(f"sglang-check needs a Hopper GPU and SGLang: {missing}", file=sys.stderr)
+        return 2
     if options.variant:
         digests = decode(options.variant, options.folder)
         (options.folder / f"{options.variant}.json").write_text(json.dumps(digests))
         os._exit(0)  # SGLang's own teardown waits for a server that is not there
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
-        make_model(folder)
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "SGLANG_USE_SGL_FA3_KERNEL": "1"}
-        command = [sys.executable, "-W", "ignore", __file__, "--folder", name, "--variant"]
+        make_model(folder, SIZES)
+        command = [sys.executable, "-W", "ignore", "-m", "bench", "sglang-check", "--folder", name, "--variant"]
         running = {
-            variant: subprocess.Popen(
-                [*command, variant], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-            )
+            variant: subprocess.Popen([*command, variant], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
             for variant in VARIANTS
         }
         logs = {variant: process.communicate()[0] for variant, process in running.items()}
@@ -127,7 +98,4 @@ def main() -> None:
             line for line in logs[variant].splitlines() if "scheduler_metadata" in line or "scheduler metadata" in line
         ]
         print(f"log of {variant}:", *said, sep="\n  ")
-
-
-if __name__ == "__main__":
-    main()
+    return 0
