@@ -258,7 +258,7 @@ def line(model: str, case: str, times: dict[str, Timed], error: float) -> str:
     text = f"{model + ', ' + case:26s}" + "".join(f"{device[name]:10.1f}" for name in VARIANTS)
     text += " " * 9 + "".join(f"{device['none'] / device[name]:9.4f}" for name in list(VARIANTS)[1:])
     text += f"{device['sglang'] / device['ours']:16.4f}        "
-    return text + "".join(f"{summary(one.host)[1]:9.0f}" for one in times.values()) + f"{error:20.4f}"
+    return text + "".join(f"{summary(one.host)[1]:9.0f}" for one in times.values()) + f"{error:20.1e}"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,6 +7,7 @@ nothing with the Triton kernel but the launch plan.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -207,8 +208,8 @@ def _candidates(plan: LaunchPlan, load: np.float32, longest: np.int32) -> Ints:
     return np.maximum(np.minimum(candidates, longest), at_least).astype(np.int32)
 
 
-def _rounded(x: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Numbers under 2^22 rounded to integers as the kernel does it: in the mantissa of a large number."""
+def _rounded(x: Any) -> Any:
+    """Float32 numbers under 2^22 rounded to integers as the kernel does it: in the mantissa of a large number."""
     large = np.float32(1.5 * 2**23)
     return (x + large) - large
 
