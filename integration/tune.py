@@ -3,11 +3,10 @@
     fa3-metadata tune launch     launch shapes of the metadata kernel (triton_kernels/shapes.py)
     fa3-metadata tune balance    constants of policy "balanced" (triton_kernels/balance.py), by the installed FA3
 
-Launch shapes are not left to `triton.autotune`. It would have to be what production launches through, would then
-measure whenever a key is new, in the middle of serving, and knows nothing of launches that go past Triton to the
-driver. So the production launches themselves are timed by Triton's own `do_bench_cudagraph`: hundreds in a CUDA graph,
-since on the host they take longer than on the device. Trying every shape would mean compiling some 300 kernels; the
-search goes from the H200's shape to neighbours instead, and moves only for a clear gain.
+Launch shapes are found by `triton.autotune`, here and never in production: there it would have to be what launches go
+through, and would measure whenever a key is new, in the middle of serving. A launch takes longer on the host than on
+the device, so it is given Triton's `do_bench_cudagraph`. All shapes would be some 300 kernels to compile; the search
+goes from the H200's shape to the neighbours of the best one instead, and moves only for a clear gain.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from __future__ import annotations
 import argparse
 import datetime
 import pathlib
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -24,20 +23,16 @@ from .api import plan_call
 from .arguments import device_facts, gpu_name
 from .balance_fit import fit_table
 from .detect import detect_build, installed_version
+from .resolved import load_launch
 from .triton_kernels.balance import check_constants
 from .triton_kernels.builds import DEFAULT_BUILD, package_of
 from .triton_kernels.problem import DEFAULT_GPU
 from .triton_kernels.shapes import GROUPS, MANY, Shapes, shapes_of, shipped_shapes
 from .triton_kernels.tables import cache_file, write_table
 
-if TYPE_CHECKING:
-    from .triton_kernels.launch import Launch
-    from .triton_kernels.plan import LaunchPlan
-    from .triton_kernels.problem import Problem
-
 Shape = tuple[int, int]  # SLICE, num_warps
-# The microseconds of a launch: batch size, whether for policy "balanced", shape.
-LaunchTimer = Callable[[int, bool, Shape], float]
+# The microseconds of launches of some shapes: batch size, whether for policy "balanced", shapes.
+LaunchTimer = Callable[[int, bool, Sequence[Shape]], Mapping[Shape, float]]
 _GAIN = 0.98  # a shape is left for one that takes less than this part of its time
 _SLICES, _WARPS = (1, 64), (1, 16)  # the least and the most that are tried
 _MANY_BATCH = 4096
@@ -63,7 +58,7 @@ def run(options: argparse.Namespace, say: Callable[[str], None] = print) -> None
     path: pathlib.Path = options.out or cache_file(options.what, gpu)
     say(f"{gpu}, {num_sms} SMs")
     if options.what == "launch":
-        table = launch_table(gpu, _measured("torch", "triton"), time_launch, say)
+        table = launch_table(gpu, _measured("torch", "triton"), time_launches, say)
         shapes_of(table)
     else:
         if arch < 90:
@@ -129,18 +124,18 @@ def _buckets() -> list[tuple[str, int, int]]:
 
 def search(start: Shape, group: int, batch_size: int, balanced: bool, timer: LaunchTimer) -> dict[Shape, float]:
     """The shapes that were the best so far, and their times: `start` first, the last is the best."""
-    seen = {start: timer(batch_size, balanced, start)}
-    path = dict(seen)
+    seen: dict[Shape, float] = {}
+    path: dict[Shape, float] = {}
     best = start
-    while True:
-        for shape in _neighbours(best, group):
-            if shape not in seen:
-                seen[shape] = timer(batch_size, balanced, shape)
+    while new := [shape for shape in _neighbours(best, group) if shape not in seen]:
+        seen |= timer(batch_size, balanced, [best, *new])
+        path[best] = seen[best]
         found = min(_neighbours(best, group), key=lambda shape: seen[shape])
         if seen[found] >= _GAIN * seen[best]:
-            return path
+            break
         best = found
-        path[best] = seen[best]
+    path[best] = seen[best]
+    return path
 
 
 def _neighbours(shape: Shape, group: int) -> list[Shape]:
@@ -151,9 +146,15 @@ def _neighbours(shape: Shape, group: int) -> list[Shape]:
     return [(s, w) for s, w in some if _SLICES[0] <= s <= most_slice and _WARPS[0] <= w <= _WARPS[1]]
 
 
-def time_launch(batch_size: int, balanced: bool, shape: Shape) -> float:
-    """Microseconds of a launch for decode over a paged cache, on the current CUDA device."""
+def time_launches(batch_size: int, balanced: bool, shapes: Sequence[Shape]) -> dict[Shape, float]:
+    """Microseconds of a launch for decode over a paged cache, by its shape, on the current CUDA device."""
     from triton.testing import do_bench_cudagraph
+
+    def bench(launch: Callable[[], object], quantiles: Sequence[float]) -> Sequence[float]:
+        launch()  # compiles
+        torch.cuda._sleep(_WARM_UP_CYCLES)  # clocks go down while a kernel is compiled
+        times: Sequence[float] = do_bench_cudagraph(launch, rep=3, quantiles=quantiles)
+        return times
 
     device = torch.device("cuda", torch.cuda.current_device())
     drawn = torch.Generator().manual_seed(batch_size)
@@ -166,24 +167,6 @@ def time_launch(batch_size: int, balanced: bool, shape: Shape) -> float:
     tensors, problem, _, plan = plan_call(arguments, device)
     assert tensors is not None
     out = torch.empty(plan.layout.size, dtype=torch.int32, device=device)
-    launch = shaped_launch(problem, plan, shape)
-    lengths_read = tensors.pointers()
-    launch((out,), lengths_read)  # compiles
-    torch.cuda._sleep(_WARM_UP_CYCLES)  # clocks go down while a kernel is compiled
-    return 1000 * float(do_bench_cudagraph(lambda: launch((out,), lengths_read), rep=3, return_mode="median"))
-
-
-def shaped_launch(problem: Problem, plan: LaunchPlan, shape: Shape) -> Launch:
-    """The production launch, but of this shape."""
-    from .triton_kernels import launch
-
-    ours = launch.launch_shape
-
-    def shaped(*arguments: Any, **named: Any) -> tuple[int, int, int]:
-        return shape[0], ours(*arguments, **named)[1], shape[1]
-
-    launch.launch_shape = shaped  # for this one launch to be made; it keeps its shape
-    try:
-        return launch.metadata_launch(problem, plan)
-    finally:
-        launch.launch_shape = ours
+    launch = load_launch(device).metadata_launch(problem, plan)
+    found = launch.autotune(shapes, bench, (out,), tensors.pointers())
+    return {shape: 1000 * milliseconds for shape, milliseconds in found.items()}

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import triton
 
 from . import kernel
 from .balance import Costs
@@ -103,6 +104,22 @@ class Launch:
         current_device, current_stream = torch._C._cuda_getDevice, torch._C._cuda_getCurrentRawStream
         again = launch.bound(addresses, self._batch_size, self._grid)
         return lambda: current_device() == device and again(current_stream(device))
+
+    def autotune(
+        self, shapes: Sequence[tuple[int, int]], bench: Callable[..., Sequence[float]],
+        pointers: tuple[torch.Tensor, ...], lengths: LengthPointers,
+    ) -> dict[tuple[int, int], float]:  # fmt: skip
+        """What `triton.autotune` finds for launch shapes (SLICE, num_warps), at least two: by `bench`, its do_bench.
+
+        The kernel of a single plan, on contiguous lengths. `pointers` are written to by each of them.
+        """
+        configs = [triton.Config({"SLICE": slice_}, num_warps=num_warps) for slice_, num_warps in shapes]
+        tuner = triton.autotune(configs, key=[], do_bench=bench)(self._function)
+        constants = {name: value for name, value in self._constants.items() if name != "SLICE"}
+        options = {name: value for name, value in self._options.items() if name != "num_warps"}
+        launch = tuner[lambda chosen: _grid(self._batch_size, chosen["SLICE"], 1)]
+        launch(*pointers, *lengths, *_UNIT_STRIDES, *self._numbers, **constants | {"CONTIGUOUS": True}, **options)
+        return {(one.kwargs["SLICE"], one.num_warps): times[0] for one, times in tuner.configs_timings.items()}
 
     def _driver_launch(
         self, key: tuple[Any, ...], pointers: tuple[torch.Tensor, ...], lengths: LengthPointers
