@@ -1,7 +1,7 @@
 """Random replays of captured decode steps, every output compared bitwise with FA3's per-layer path.
 
     python -m bench stress --replays 20000            # on this process's GPU
-    python -m bench stress --replays 5000 --ranks 2   # data-parallel: one rank a GPU, batches of their own, some idle
+    python -m bench stress --replays 5000 --ranks 2   # data-parallel: a GPU each if there are so many; own batches, some idle
 
 A step has full and sliding-window layers with KV caches of their own. One graph a batch size holds a single metadata
 launch (MetadataPlans) and the layers that use it; its twin holds the same layers without metadata. Each replay draws
@@ -95,16 +95,20 @@ def stress(replays: int, seed: int, idle: float = 0.0) -> float:
 
 
 def _rank(rank: int, ranks: int, replays: int, seed: int) -> None:
-    torch.cuda.set_device(rank)
+    gpus = torch.cuda.device_count()
+    device = torch.device("cuda", rank % gpus)
+    torch.cuda.set_device(device)
+    backend = "nccl" if ranks <= gpus else "gloo"  # NCCL wants a GPU for each
     torch.distributed.init_process_group(
-        "nccl", init_method="tcp://127.0.0.1:29511", rank=rank, world_size=ranks, device_id=torch.device("cuda", rank)
-    )
-    total = torch.zeros(1, device="cuda")
+        backend, init_method="tcp://127.0.0.1:29511", rank=rank, world_size=ranks,
+        device_id=device if backend == "nccl" else None,
+    )  # fmt: skip
+    total = torch.zeros(1, device=device if backend == "nccl" else "cpu")
     parts = 10
     for part in range(parts):
         stress(replays // parts, seed * 1000 + rank * 100 + part, idle=0.2)
         torch.distributed.all_reduce(total)
-    print(f"rank {rank}: {replays // parts * parts} replays equal", flush=True)
+    print(f"rank {rank} on {device}: {replays // parts * parts} replays equal", flush=True)
     torch.distributed.destroy_process_group()
 
 
