@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import subprocess
 import sys
@@ -34,7 +35,8 @@ def test_data_parallel_ranks(gpus: int, monkeypatch: pytest.MonkeyPatch) -> None
     """Two ranks, which share a GPU or have one each."""
     if gpus > GPUS:
         pytest.skip(f"needs {gpus} GPUs, this machine has {GPUS}")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus))))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(GPUS)))).split(",")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(visible[:gpus]))
     printed = stress("--replays", "4000", "--ranks", "2")
     for rank in range(2):
         assert f"rank {rank} on cuda:{rank % gpus}: 4000 replays equal" in printed
