@@ -1,7 +1,7 @@
 """Random replays of captured decode steps, every output compared bitwise with FA3's per-layer path.
 
     python -m bench stress --replays 20000            # on this process's GPU
-    python -m bench stress --replays 5000 --ranks 2   # data-parallel, a GPU each if there are enough; some batches are idle
+    python -m bench stress --replays 5000 --ranks 2   # data-parallel, a GPU each if there are enough; some batches idle
 
 A step has full and sliding-window layers with KV caches of their own. One graph a batch size holds a single metadata
 launch (MetadataPlans) and the layers that use it; its twin holds the same layers without metadata. Each replay draws

@@ -34,6 +34,8 @@ class LengthTensors(NamedTuple):
     def check(self, batch_size: int) -> None:
         """Raise `TypeError` or `ValueError` for the first tensor that does not fit a batch of this size."""
         _check("cache_seqlens", self.cache_seqlens, batch_size, self.cache_seqlens)
+        if self.cu_seqlens_q is self.cu_seqlens_k is self.cu_seqlens_k_new is self.seqused_q is self.leftpad_k is None:
+            return
         for name, tensor in zip(self._fields[1:], self[1:], strict=True):
             if tensor is not None:
                 _check(name, tensor, batch_size + name.startswith("cu_"), self.cache_seqlens)
