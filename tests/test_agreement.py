@@ -99,3 +99,16 @@ def test_lengths_are_read_in_place(device: torch.device) -> None:
     ]
     assert torch.equal(*made)
     assert torch.equal(matrix, before)
+
+
+@pytest.mark.parametrize("most", [2**24 - 500, 2**24 + 5000], ids=["short", "long"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_keys_at_the_ends_of_their_range(most: int, causal: bool, device: torch.device) -> None:
+    """Up to 2^24 tokens or query rows the order is found by signs of differences, which must not overflow."""
+    rng = random.Random(most)
+    for heads in (1, 8):
+        rows = (2**24 - 500) // heads
+        args = {"batch_size": 40, "max_seqlen_q": rows, "max_seqlen_k": most, "num_heads": heads, "num_heads_k": 1}
+        ends = [[rng.choice([0, 1, end // 2, end - 1, end]) for _ in range(40)] for end in (most, rows)]
+        more = {"headdim": 128, "cache_seqlens": ends[0], "seqused_q": ends[1], "causal": causal, "pack_gqa": True}
+        agree(Case("sglang-kernel-0.4.2", args | more | {"num_splits": 8}), device)
