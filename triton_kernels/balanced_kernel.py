@@ -12,13 +12,14 @@ from .balance import NUM_CANDIDATES
 from .blocks import cdiv
 
 CANDIDATES = tl.constexpr(NUM_CANDIDATES)
+ONE_WARP = tl.constexpr(64)  # the most sequences that one warp alone works on (launch_*.json)
 
 
 @triton.jit
 def work_of(num_m, num_n, causal_saving):
     """Key blocks read by all query blocks of a sequence: reference._work."""
     pairs = (num_m * (num_m - 1)).to(tl.float32)
-    return tl.maximum(num_m * num_n - (pairs * causal_saving).to(tl.int32), 0)
+    return tl.maximum(num_m * num_n - _rounded(pairs * causal_saving - 0.4995), 0)
 
 
 @triton.jit
@@ -36,22 +37,29 @@ def fastest_blocks_per_split(
     num_m, num_n, work, causal_saving, share, num_splits, num_heads, tile, alone, split_cost, SHORT: tl.constexpr
 ):
     """reference._fastest_blocks_per_split: the key blocks of a split, for num_m, num_n and work [GROUP]."""
-    heads = num_heads.to(tl.float32)
-    total, longest = tl.reduce((work, num_n), 0, _total_and_longest)
-    load, longest = total.to(tl.float32) * heads * share, tl.maximum(longest, 1)
+    # [GROUP, CANDIDATES]. One number for two, made as wide as that (by adding zeros) before it is taken apart, means
+    # one exchange between threads and not one for all that follows. While it is under way, the first sums are made.
     k = tl.arange(0, CANDIDATES)[None, :]
+    zeros = k & CANDIDATES
+    wide, wide_work = (num_n * 16 + tl.minimum(num_m, 15))[:, None] + zeros, work[:, None] + zeros
+
+    heads = num_heads.to(tl.float32)
+    if num_n.shape[0] <= ONE_WARP:  # which has instructions for either
+        total, longest = tl.sum(work), tl.max(num_n)
+    else:
+        total, longest = tl.reduce((work, num_n), 0, _total_and_longest)
+    load, longest = total.to(tl.float32) * heads * share, tl.maximum(longest, 1)
     c = _candidates(k, load, longest, num_splits, SHORT)
     size = c.to(tl.float32)
     longest_tile = size + tile
     reciprocal = tl.div_rn(1.0, size * longest_tile)
     inverse = longest_tile * reciprocal
 
-    packed = (num_n * 16 + tl.minimum(num_m, 15))[:, None]  # one exchange between threads in place of two
-    num_n, num_m = packed >> 4, packed & 15
-    # [GROUP, CANDIDATES], three sums over the batch in one reduction
+    # three sums over the batch in one reduction
+    num_n, num_m = wide >> 4, wide & 15
     tiles = num_m * tl.maximum(_rounded(num_n.to(tl.float32) * inverse + 0.4995), 1)
     big = num_n * 2 > c
-    big_blocks = tl.where(big, work_of(num_m, num_n, causal_saving), 0)
+    big_blocks = tl.where(big, wide_work, 0)
     joined = tl.join(tl.join(tiles, tl.where(big, tiles, 0)), tl.join(big_blocks, big_blocks))
     counts, big_blocks = tl.split(tl.sum(joined, axis=0, keep_dims=True))
     all_tiles, big_tiles = tl.split(counts)
