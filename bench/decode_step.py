@@ -1,7 +1,7 @@
 """A whole decode step on the shapes of real models, by FA3's per-layer path, SGLang's precompute, and ours.
 
     python -m bench decode-step                       # attention of all layers, and two whole models
-    python -m bench decode-step --model "Llama-3.1-8B" --csv step.csv
+    python -m bench decode-step --model 8B Qwen3 --batch 64 --csv step.csv
 
 Every layer has a paged KV cache of its own, and all layers are captured into one CUDA graph. Four ways to do a step:
 
@@ -24,6 +24,7 @@ import csv
 import gc
 import pathlib
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -44,6 +45,10 @@ PAGE = 64
 VARIANTS = ("per layer", "native", "ours", "balanced")
 TOLERANCE = {"bfloat16": 0.02, "float8_e4m3fn": 0.05}  # relative, of the norm, for another order of sums
 WHOLE_TOLERANCE = 0.1  # the same after many layers of random weights
+
+
+class DiffersError(RuntimeError):
+    """An output that is not FA3's."""
 
 
 @dataclass(frozen=True)
@@ -247,7 +252,7 @@ def native_before(attention: Attention, build: str) -> tuple[Callable[[], object
 
 
 def check(steps: dict[str, Step], model: Model) -> None:
-    """Raises `RuntimeError` where a step's output is not that of FA3's per-layer path."""
+    """Raises `DiffersError` where a step's output is not that of FA3's per-layer path."""
     for step in steps.values():
         for output in step.outputs:
             output.fill_(torch.nan)
@@ -257,25 +262,38 @@ def check(steps: dict[str, Step], model: Model) -> None:
         for layer, (got, wanted) in enumerate(zip(step.outputs, expected, strict=True)):
             if variant != "balanced":
                 if not torch.equal(got, wanted):
-                    raise RuntimeError(f"{model.name}: output {layer} by {variant!r} has other bits than per layer")
+                    raise DiffersError(f"{model.name}: output {layer} by {variant!r} has other bits than per layer")
                 continue
             error = ((got.float() - wanted.float()).norm() / wanted.float().norm()).item()
             most = WHOLE_TOLERANCE if model.hidden else TOLERANCE[model.dtype]
             if not error < most:
-                raise RuntimeError(f"{model.name}: output {layer} by {variant!r} is off by {error:.3g}, over {most}")
+                raise DiffersError(f"{model.name}: output {layer} by {variant!r} is off by {error:.3g}, over {most}")
 
 
-def measure(model: Model, lengths: tuple[int, ...], build: str, samples: int) -> dict[str, dict[str, list[float]]]:
-    """Microseconds of a step by variant, "device" and "host"."""
+def measure(
+    model: Model, lengths: tuple[int, ...], build: str, samples: int, rounds: int
+) -> dict[str, dict[str, list[float]]]:
+    """Microseconds of a step by variant, "device" and "host". Raises `DiffersError` for a wrong output."""
     torch.manual_seed(0)
     attention = (Whole if model.hidden else Attention)(model, lengths, load_forward(build))
     steps = {variant: step_of(variant, attention, build) for variant in VARIANTS}
     check(steps, model)
-    device = interleaved({name: eager_sampler(step, calls=1) for name, step in steps.items()}, samples)
-    host = interleaved({name: host_sampler(step, calls=1) for name, step in steps.items()}, samples)
+    device = interleaved({name: eager_sampler(step, calls=1) for name, step in steps.items()}, samples, rounds)
+    host = interleaved({name: host_sampler(step, calls=1) for name, step in steps.items()}, samples, rounds)
     return {name: {"device": device[name], "host": host[name]} for name in steps}
 
 
+def how_made(model: Model) -> str:
+    """How many groups of layers attend alike, and which have precomputed metadata."""
+    groups = Counter(model.window_of)
+    parts = [f"{n} {'full' if window is None else f'window {window}'}" for window, n in groups.items()]
+    native = 0 if model.headdim_v == 512 else groups[None]
+    kinds = "1 group" if len(groups) == 1 else f"{len(groups)} groups"
+    return f"{model.name}: {kinds} of layers ({', '.join(parts)}), one launch for all; native for {native} layers"
+
+
+TIMED = """timed: what is run before the replay (native: op, copy, zeros), and the replay of one graph with all layers.
+device: between events, the GPU busy until all is queued. host: until both return."""
 HEADER = f"{'us a step':24s}{'batch':>6s}{'mean':>7s}" + "".join(f"{name:>11s}" for name in VARIANTS)
 HEADER += "   per layer /" + "".join(f"{name:>9s}" for name in VARIANTS[1:]) + "   host: native   ours"
 
@@ -291,27 +309,66 @@ def line(model: Model, lengths: tuple[int, ...], times: dict[str, dict[str, list
     text += f"{host['native']:15.1f}{host['ours']:7.1f}"
     if model.hidden:
         text += f"\n{'    tokens/s':37s}" + "".join(f"{len(lengths) / device[v] * 1e6:11.1f}" for v in VARIANTS)
+        gains = (100 * (device["per layer"] / device[v] - 1) for v in VARIANTS[1:])
+        text += f"{'gain':>14s}" + "".join(f"{gain:+8.1f}%" for gain in gains)
     return text
+
+
+def why_not(build: str) -> str | None:
+    """Why steps cannot be measured here, or None."""
+    if not torch.cuda.is_available():
+        return "no CUDA GPU"
+    if torch.cuda.get_device_capability()[0] != 9:
+        return f"no Hopper GPU but {torch.cuda.get_device_name()}"
+    if not build.startswith("sglang-kernel"):
+        return f"{build} instead of sglang-kernel"
+    try:
+        module = import_module(provider_of(build).module)
+    except (ImportError, OSError) as error:
+        return f"{build} does not load: {(str(error).strip().splitlines() or ['no reason given'])[0]}"
+    return None if hasattr(module, "get_scheduler_metadata") else f"{build} has no get_scheduler_metadata"
+
+
+def write_csv(path: pathlib.Path, rows: list[list[Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        names = ["model", "part", "batch", "tokens", "variant", "metric", "p20_us", "p50_us", "p80_us"]
+        csv.writer(file).writerows([names, *rows])
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench decode-step", description="a decode step of real models")
-    parser.add_argument("--model", default="", help="models whose name contains this")
+    parser.add_argument("--model", nargs="+", default=[""], help="models whose name contains one of these")
+    parser.add_argument("--batch", nargs="+", type=int, help="batches of so many sequences only")
     parser.add_argument("--samples", type=int, default=25, help="timed steps of each kind")
+    parser.add_argument("--rounds", type=int, default=5, help="turns that they are spread over")
     parser.add_argument("--no-whole", action="store_true", help="attention only")
     parser.add_argument("--csv", type=pathlib.Path, help="write all times there")
     options = parser.parse_args(argv)
     build = fa3_metadata.detect_build().build
-    if not torch.cuda.is_available() or not build.startswith("sglang-kernel"):
-        gpu = "a GPU" if torch.cuda.is_available() else "no GPU"
-        print(f"decode-step needs a Hopper GPU and sglang-kernel, found {gpu} and {build}", file=sys.stderr)
+    if missing := why_not(build):
+        print(f"decode-step needs a Hopper GPU and sglang-kernel: {missing}", file=sys.stderr)
+        return 2
+    cases = [
+        (model, [lengths for lengths in batches if options.batch is None or len(lengths) in options.batch])
+        for model, batches in (*ATTENTION, *(() if options.no_whole else WHOLE))
+        if any(name in model.name for name in options.model)
+    ]
+    cases = [(model, batches) for model, batches in cases if batches]
+    if not cases:
+        print("decode-step: there is no such model and batch", file=sys.stderr)
         return 2
     print(gpu_facts())
-    print(HEADER, flush=True)
+    print(TIMED, *dict.fromkeys(how_made(model) for model, _ in cases), HEADER, sep="\n", flush=True)
     rows = []
-    for model, batches in (*ATTENTION, *(() if options.no_whole else WHOLE)):
-        for lengths in batches if options.model in model.name else ():
-            times = measure(model, lengths, build, options.samples)
+    for model, batches in cases:
+        for lengths in batches:
+            try:
+                times = measure(model, lengths, build, options.samples, options.rounds)
+            except DiffersError as error:
+                part = "whole" if model.hidden else "attention"
+                print(f"decode-step, batch {len(lengths)}, {part}: {error}", file=sys.stderr)
+                return 1
             print(line(model, lengths, times), flush=True)
             for variant, metrics in times.items():
                 for metric, values in metrics.items():
@@ -321,8 +378,5 @@ def main(argv: list[str] | None = None) -> int:
             gc.collect()  # graphs and their pools, before the next caches
             torch.cuda.empty_cache()
     if options.csv:
-        options.csv.parent.mkdir(parents=True, exist_ok=True)
-        with options.csv.open("w", newline="") as file:
-            names = ["model", "part", "batch", "tokens", "variant", "metric", "p20_us", "p50_us", "p80_us"]
-            csv.writer(file).writerows([names, *rows])
+        write_csv(options.csv, rows)
     return 0
