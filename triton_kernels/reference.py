@@ -153,9 +153,10 @@ def _group_load(plan: LaunchPlan, num_m_blocks: Ints, blocks: Ints) -> Ints:
     found = np.ones_like(blocks)
     for start in range(0, batch, MAX_DYNAMIC_SPLIT_BATCH):
         group = slice(start, min(start + MAX_DYNAMIC_SPLIT_BATCH, batch))
-        margin = f32(1.1) - f32(0.6) * (f32(start) / f32(batch))
-        load = _load(plan, work[group]) * (f32(batch) / f32(group.stop - start))
-        found[group] = max(np.int32(np.ceil(load * margin)), np.int32(1))
+        margin = f32(1.1) - f32(0.6) * (f32(start) * _reciprocal(f32(batch)))
+        margin = margin * (f32(batch) * _reciprocal(f32(group.stop - start)))
+        load = np.minimum(_load(plan, work[group]) * margin, f32(2**21))
+        found[group] = max(np.int32(_rounded(load + f32(0.4995))), np.int32(1))
     return found
 
 
@@ -172,7 +173,7 @@ def _fastest_blocks_per_split(plan: LaunchPlan, num_m_blocks: Ints, blocks: Ints
     candidates = _candidates(plan, load, longest)
     tile, size = f32(costs.tile), candidates.astype(f32)
     longest_tile = size + tile
-    reciprocal = f32(1) / (size * longest_tile)  # one division for two
+    reciprocal = _reciprocal(size * longest_tile)  # one division for two
     inverse = longest_tile * reciprocal
 
     wanted = _rounded(blocks[:, None].astype(f32) * inverse + f32(0.4995))  # up, but for the least excess
@@ -185,7 +186,7 @@ def _fastest_blocks_per_split(plan: LaunchPlan, num_m_blocks: Ints, blocks: Ints
     average = load + tile * all_tiles * share  # cost of an SM's tiles
     big_cost = np.maximum(big_blocks + tile * big_tiles, f32(1e-6))
     big_tiles = np.maximum(big_tiles, f32(1))
-    quotient = f32(1) / (big_tiles * big_cost)
+    quotient = _reciprocal(big_tiles * big_cost)
     big_tile = big_cost * big_cost * quotient  # its mean cost
     full_waves = _rounded((big_tiles - f32(0.5)) * share - f32(0.4995))  # down
     filled = average * (big_tiles * big_tiles * quotient) - full_waves  # of the SMs in the last wave, small tiles too
@@ -207,6 +208,13 @@ def _candidates(plan: LaunchPlan, load: np.float32, longest: np.int32) -> Ints:
     candidates[0] = _rounded(load * f32(1.1) + f32(0.4995))
     at_least = -(-longest // np.int32(plan.num_splits))
     return np.maximum(np.minimum(candidates, longest), at_least).astype(np.int32)
+
+
+def _reciprocal(x: Any) -> Any:
+    """1 / x, up to 7e-6 too small, as the kernel computes it: a guess by the exponent, two steps of Newton's method."""
+    y = (np.int32(0x7EF311C3) - x.view(np.int32)).view(np.float32)
+    y = y * (np.float32(2) - x * y)
+    return y * (np.float32(2) - x * y)
 
 
 def _rounded(x: Any) -> Any:
