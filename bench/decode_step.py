@@ -12,9 +12,14 @@ Every layer has a paged KV cache of its own, and all layers are captured into on
     balanced    the same by policy "balanced"
 
 Device time: between events before and after the replay, with what is run before it, while the GPU is kept busy until
-all is queued. Host time: until both have returned. The inputs are the same for all; outputs are compared first, bit
-for bit, those of "balanced" within the error of another order of sums. A "whole" model has its norms, projections,
-rope, MLP, embedding and head too, with random weights and plain torch operations; its steps end with the next token.
+all is queued. Host time: until both have returned. Lengths differ from step to step, by one token, and are set before
+a step, outside of both; each way sees the same ones. Outputs are compared first, bit for bit, those of "balanced"
+within the error of another order of sums. A "whole" model has its norms, projections, rope, MLP, embedding and head
+too, with random weights and plain torch operations; its steps end with the next token and the next lengths in place.
+
+Each way is captured twice, and its time is the mean of the two medians. What the two graphs of a way differ by, at
+most, is printed as "apart": no smaller difference between two ways means anything. The graphs share one memory pool,
+and outputs are let go before the next capture, so that all of them work at nearly the same addresses.
 """
 
 from __future__ import annotations
@@ -29,6 +34,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from itertools import count
 from typing import Any
 
 import fa3_metadata
@@ -36,152 +42,19 @@ import torch
 from fa3_metadata import MetadataPlan, MetadataPlans
 from fa3_metadata.providers import load_forward, provider_of
 from fa3_metadata.triton_kernels.layout import padded
-from torch.nn.functional import rms_norm, silu
 
+from .decode_models import ATTENTION, SPAN, WHOLE, Attention, Model, Whole
 from .timing import eager_sampler, gpu_facts, host_sampler, interleaved, summary
-from .workloads import lognormal, uniform
 
-PAGE = 64
 VARIANTS = ("per layer", "native", "ours", "balanced")
+CAPTURES = 2  # graphs of each way
+HEAD_START = 2e-3  # seconds that the host is given to queue a step, on top of twice the time it took
 TOLERANCE = {"bfloat16": 0.02, "float8_e4m3fn": 0.05}  # relative, of the norm, for another order of sums
 WHOLE_TOLERANCE = 0.1  # the same after many layers of random weights
 
 
 class DiffersError(RuntimeError):
     """An output that is not FA3's."""
-
-
-@dataclass(frozen=True)
-class Model:
-    """What one GPU has of a model. `windows`: keys to the left that each layer sees, None for all, in a cycle."""
-
-    name: str
-    layers: int
-    num_heads: int
-    num_heads_k: int
-    headdim: int = 128
-    headdim_v: int | None = None  # 512 with headdim 64: MLA
-    windows: tuple[int | None, ...] = (None,)
-    dtype: str = "bfloat16"
-    hidden: int = 0  # of a whole model
-    intermediate: int = 0
-    vocabulary: int = 0
-
-    @property
-    def window_of(self) -> list[int | None]:
-        """The window of each layer."""
-        return [self.windows[i % len(self.windows)] for i in range(self.layers)]
-
-    @property
-    def value_headdim(self) -> int:
-        return self.headdim_v or self.headdim
-
-    def kv_bytes(self, tokens: int) -> int:
-        """Bytes of the KV caches of all layers."""
-        element = getattr(torch, self.dtype).itemsize
-        return self.layers * tokens * self.num_heads_k * (self.headdim + self.value_headdim) * element
-
-
-SOME, MANY = lognormal(16, 8, 1, 41, 32768), lognormal(64, 7, 1, 42, 16384)
-ATTENTION: tuple[tuple[Model, tuple[tuple[int, ...], ...]], ...] = (
-    (Model("Llama-3.1-8B", 32, 32, 8), (SOME, MANY)),
-    (Model("Llama-3.1-8B, e4m3", 32, 32, 8, dtype="float8_e4m3fn"), (MANY,)),
-    (Model("Llama-3.1-70B, TP8", 80, 8, 1), (SOME, MANY)),
-    (Model("Qwen3-32B, TP4", 64, 16, 2), (SOME, MANY)),
-    (Model("gpt-oss-20b", 24, 64, 8, 64, windows=(127, None)), (SOME, MANY)),
-    (Model("Gemma-3-27B", 62, 32, 16, windows=(1023,) * 5 + (None,)), (SOME,)),
-    (Model("DeepSeek-V3 MLA, TP8", 61, 16, 1, 64, 512), (SOME, MANY)),
-)
-WHOLE: tuple[tuple[Model, tuple[tuple[int, ...], ...]], ...] = (
-    (Model("Llama-3.1-8B", 32, 32, 8, hidden=4096, intermediate=14336, vocabulary=128256), (uniform(1, 1024), MANY)),
-    (Model("Llama-3.1-70B, TP8", 80, 8, 1, hidden=8192, intermediate=3584, vocabulary=16032), (uniform(1, 1024), MANY)),
-)
-
-
-class Attention:
-    """The layers' attention over a batch; `run(metadata)` calls them all, `metadata(window)` adds their arguments."""
-
-    def __init__(self, model: Model, lengths: tuple[int, ...], forward: Callable[..., Any]) -> None:
-        self.model, self.forward = model, forward
-        self.cache_seqlens = torch.tensor(lengths, dtype=torch.int32, device="cuda")
-        pages = [-(-n // PAGE) for n in lengths]
-        self.page_table = torch.zeros(len(lengths), max(pages), dtype=torch.int32, device="cuda")
-        for row, own in zip(self.page_table, torch.randperm(sum(pages), device="cuda").split(pages), strict=True):
-            row[: len(own)] = own.to(torch.int32)
-        k, v = ((sum(pages), PAGE, model.num_heads_k, d) for d in (model.headdim, model.value_headdim))
-        self.caches = [(self.random(*k), self.random(*v)) for _ in range(model.layers)]
-        batch = len(lengths)
-        self.qs = [self.random(batch, 1, model.num_heads, model.headdim) for _ in range(model.layers)]
-        self.qv = self.random(batch, 1, model.num_heads, 512) if model.headdim_v == 512 else None
-
-    def random(self, *shape: int) -> torch.Tensor:
-        made = torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_()
-        return made.to(getattr(torch, self.model.dtype))
-
-    def attend(self, layer: int, q: torch.Tensor, more: dict[str, Any]) -> torch.Tensor:
-        k_cache, v_cache = self.caches[layer]
-        window = self.model.window_of[layer]
-        if self.qv is not None:
-            more = more | {"qv": self.qv}
-        out: torch.Tensor = self.forward(
-            q=q, k_cache=k_cache, v_cache=v_cache, cache_seqlens=self.cache_seqlens, page_table=self.page_table,
-            causal=True, window_size=(-1, -1) if window is None else (window, 0), **more,
-        )  # fmt: skip
-        return out
-
-    def run(self, metadata: Callable[[int | None], dict[str, Any]]) -> list[torch.Tensor]:
-        return [self.attend(i, q, metadata(self.model.window_of[i])) for i, q in enumerate(self.qs)]
-
-    def problem(self, window: int | None) -> dict[str, Any]:
-        """What `MetadataPlan` and the wheel's front end are told alike."""
-        model = self.model
-        return {
-            "max_seqlen_k": self.page_table.shape[1] * PAGE, "num_heads": model.num_heads,
-            "num_heads_k": model.num_heads_k, "headdim": model.headdim, "headdim_v": model.value_headdim,
-            "qkv_dtype": getattr(torch, model.dtype), "page_size": PAGE, "causal": True,
-            "window_size": (-1, -1) if window is None else (window, 0),
-        }  # fmt: skip
-
-
-class Whole(Attention):
-    """The same with everything around it: from the last tokens to the next ones."""
-
-    def __init__(self, model: Model, lengths: tuple[int, ...], forward: Callable[..., Any]) -> None:
-        super().__init__(model, lengths, forward)
-        d, hidden = model.headdim, model.hidden
-        shapes = ((hidden, (model.num_heads + 2 * model.num_heads_k) * d), (model.num_heads * d, hidden),
-                  (hidden, 2 * model.intermediate), (model.intermediate, hidden))  # fmt: skip
-        self.weights = [[self.weight(*shape) for shape in shapes] for _ in range(model.layers)]
-        self.embedding, self.head = self.weight(model.vocabulary, hidden), self.weight(hidden, model.vocabulary)
-        self.tokens = torch.arange(len(lengths), device="cuda")
-        position = (self.cache_seqlens - 1).long()  # of the new token, which the lengths count already
-        page = self.page_table.gather(1, (position // PAGE)[:, None])[:, 0].long()
-        self.slots = page * PAGE + position % PAGE
-        angles = position[:, None] * 500000.0 ** (-torch.arange(0, d, 2, device="cuda") / d)
-        self.cos, self.sin = (one.repeat(1, 2)[:, None].bfloat16() for one in (angles.cos(), angles.sin()))
-
-    def weight(self, rows: int, columns: int) -> torch.Tensor:
-        return torch.empty(rows, columns, dtype=torch.bfloat16, device="cuda").normal_(std=rows**-0.5)
-
-    def run(self, metadata: Callable[[int | None], dict[str, Any]]) -> list[torch.Tensor]:
-        """The logits."""
-        model, batch = self.model, len(self.tokens)
-        norm = partial(rms_norm, normalized_shape=(model.hidden,), eps=1e-5)
-        x = self.embedding[self.tokens]
-        for i, (qkv, out, gate_up, down) in enumerate(self.weights):
-            heads = (norm(x) @ qkv).view(batch, -1, model.headdim)
-            q_and_k, v = heads.split((model.num_heads + model.num_heads_k, model.num_heads_k), dim=1)
-            left, right = q_and_k.chunk(2, dim=-1)
-            q_and_k = q_and_k * self.cos + torch.cat((-right, left), dim=-1) * self.sin
-            q, k = q_and_k.split((model.num_heads, model.num_heads_k), dim=1)
-            for cache, new in zip(self.caches[i], (k, v), strict=True):
-                cache.flatten(0, 1)[self.slots] = new
-            x = x + self.attend(i, q[:, None], metadata(model.window_of[i])).reshape(batch, -1) @ out
-            gate, up = (norm(x) @ gate_up).chunk(2, dim=-1)
-            x = x + (silu(gate) * up) @ down
-        logits = norm(x) @ self.head
-        self.next_tokens = logits.argmax(dim=-1)
-        return [logits]
 
 
 @dataclass
@@ -199,8 +72,8 @@ class Step:
         self.graph.replay()
 
 
-def step_of(variant: str, attention: Attention, build: str) -> Step:
-    """Capture a way to do a step."""
+def step_of(variant: str, attention: Attention, build: str, pool: Any) -> Step:
+    """Capture a way to do a step, with what it allocates in `pool`."""
     windows = list(dict.fromkeys(attention.model.window_of))
     before: Callable[[], object] | None = None
     first: Callable[[], object] = lambda: None  # noqa: E731
@@ -231,7 +104,7 @@ def step_of(variant: str, attention: Attention, build: str) -> Step:
     run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         outputs = run()
     return Step(graph, outputs, before, holds)
 
@@ -251,36 +124,76 @@ def native_before(attention: Attention, build: str) -> tuple[Callable[[], object
     return make_copy_zero, {"scheduler_metadata": kept[:size]}
 
 
-def check(steps: dict[str, Step], model: Model) -> None:
-    """Raises `DiffersError` where a step's output is not that of FA3's per-layer path."""
-    for step in steps.values():
+def outputs_of(step: Step, attention: Attention) -> list[torch.Tensor]:
+    """What a step answers for the first and the last lengths. Its own tensors are let go: see the top of this file."""
+    found = []
+    for at in (0, SPAN - 1):  # metadata must follow the lengths
         for output in step.outputs:
             output.fill_(torch.nan)
+        attention.reset(at)
         step()
-    expected = steps["per layer"].outputs
-    for variant, step in steps.items():
-        for layer, (got, wanted) in enumerate(zip(step.outputs, expected, strict=True)):
-            if variant != "balanced":
-                if not torch.equal(got, wanted):
-                    raise DiffersError(f"{model.name}: output {layer} by {variant!r} has other bits than per layer")
-                continue
-            error = ((got.float() - wanted.float()).norm() / wanted.float().norm()).item()
-            most = WHOLE_TOLERANCE if model.hidden else TOLERANCE[model.dtype]
-            if not error < most:
-                raise DiffersError(f"{model.name}: output {layer} by {variant!r} is off by {error:.3g}, over {most}")
+        found += [output.clone() for output in step.outputs]
+    step.outputs = []
+    return found
 
 
-def measure(
-    model: Model, lengths: tuple[int, ...], build: str, samples: int, rounds: int
-) -> dict[str, dict[str, list[float]]]:
-    """Microseconds of a step by variant, "device" and "host". Raises `DiffersError` for a wrong output."""
+def check(variant: str, found: list[torch.Tensor], expected: list[torch.Tensor], model: Model) -> None:
+    """Raises `DiffersError` where an output is not that of FA3's per-layer path."""
+    for i, (got, wanted) in enumerate(zip(found, expected, strict=True)):
+        if variant != "balanced":
+            if not torch.equal(got, wanted):
+                raise DiffersError(f"{model.name}: output {i} by {variant!r} has other bits than per layer")
+            continue
+        error = ((got.float() - wanted.float()).norm() / wanted.float().norm()).item()
+        most = WHOLE_TOLERANCE if model.hidden else TOLERANCE[model.dtype]
+        if not error < most:
+            raise DiffersError(f"{model.name}: output {i} by {variant!r} is off by {error:.3g}, over {most}")
+
+
+Times = dict[str, list[list[float]]]  # by variant, a list for each capture
+
+
+def measure(model: Model, lengths: tuple[int, ...], build: str, samples: int, rounds: int) -> dict[str, Times]:
+    """Microseconds of a step, "device" and "host". Raises `DiffersError` for a wrong output."""
     torch.manual_seed(0)
     attention = (Whole if model.hidden else Attention)(model, lengths, load_forward(build))
-    steps = {variant: step_of(variant, attention, build) for variant in VARIANTS}
-    check(steps, model)
-    device = interleaved({name: eager_sampler(step, calls=1) for name, step in steps.items()}, samples, rounds)
-    host = interleaved({name: host_sampler(step, calls=1) for name, step in steps.items()}, samples, rounds)
-    return {name: {"device": device[name], "host": host[name]} for name in steps}
+    pool = torch.cuda.graph_pool_handle()
+    steps: dict[str, list[Step]] = {variant: [] for variant in VARIANTS}
+    expected: list[torch.Tensor] | None = None
+    for capture in range(CAPTURES):
+        for variant in VARIANTS if capture % 2 == 0 else reversed(VARIANTS):
+            step = step_of(variant, attention, build, pool)
+            found = outputs_of(step, attention)
+            expected = found if expected is None else expected
+            check(variant, found, expected, model)
+            steps[variant].append(step)
+
+    def lengths_in_turn() -> Callable[[], None]:
+        steps_so_far = count()
+        return lambda: attention.reset(next(steps_so_far))
+
+    def times(sampler_of: Callable[..., Any], **more: Any) -> Times:
+        attention.reset()
+        samplers = {
+            f"{variant} {i}": sampler_of(step, 1, lengths_in_turn(), **more)
+            for variant, captures in steps.items()
+            for i, step in enumerate(captures)
+        }
+        taken = interleaved(samplers, samples, rounds)
+        return {variant: [taken[f"{variant} {i}"] for i in range(CAPTURES)] for variant in VARIANTS}
+
+    return {"device": times(eager_sampler, head_start=HEAD_START), "host": times(host_sampler)}
+
+
+def middle(captures: list[list[float]]) -> float:
+    """Mean of the medians of the graphs of a way."""
+    return sum(summary(one)[1] for one in captures) / len(captures)
+
+
+def apart(times: Times) -> float:
+    """The most that graphs of the same way differ by, as a part of their time."""
+    medians = [[summary(one)[1] for one in captures] for captures in times.values()]
+    return max((max(one) - min(one)) / min(one) for one in medians)
 
 
 def how_made(model: Model) -> str:
@@ -293,24 +206,25 @@ def how_made(model: Model) -> str:
 
 
 TIMED = """timed: what is run before the replay (native: op, copy, zeros), and the replay of one graph with all layers.
-device: between events, the GPU busy until all is queued. host: until both return."""
+device: between events, the GPU busy until all is queued. host: until both return. Setting lengths is not timed.
+Two graphs of each way, the mean of their medians; apart: what graphs of the same way differ by at most."""
 HEADER = f"{'us a step':24s}{'batch':>6s}{'mean':>7s}" + "".join(f"{name:>11s}" for name in VARIANTS)
-HEADER += "   per layer /" + "".join(f"{name:>9s}" for name in VARIANTS[1:]) + "   host: native   ours"
+HEADER += "   per layer /" + "".join(f"{name:>9s}" for name in VARIANTS[1:]) + "   apart   host: native   ours"
 
 
-def line(model: Model, lengths: tuple[int, ...], times: dict[str, dict[str, list[float]]]) -> str:
-    """A row of the table, medians; tokens/s in a second row for a whole model."""
-    device = {name: summary(one["device"])[1] for name, one in times.items()}
-    host = {name: summary(one["host"])[1] for name, one in times.items()}
+def line(model: Model, lengths: tuple[int, ...], times: dict[str, Times]) -> str:
+    """A row of the table; tokens/s and gains in a second row for a whole model."""
+    device = {name: middle(captures) for name, captures in times["device"].items()}
     name = model.name + (", whole" if model.hidden else "")
     mean = round(sum(lengths) / len(lengths))
     text = f"{name:24s}{len(lengths):6d}{mean:7d}" + "".join(f"{device[v]:11.1f}" for v in VARIANTS)
-    text += " " * 14 + "".join(f"{device['per layer'] / device[v]:9.3f}" for v in VARIANTS[1:])
-    text += f"{host['native']:15.1f}{host['ours']:7.1f}"
+    text += " " * 14 + "".join(f"{device['per layer'] / device[v]:9.4f}" for v in VARIANTS[1:])
+    text += f"{100 * apart(times['device']):7.2f}%"
+    text += f"{middle(times['host']['native']):15.1f}{middle(times['host']['ours']):7.1f}"
     if model.hidden:
         text += f"\n{'    tokens/s':37s}" + "".join(f"{len(lengths) / device[v] * 1e6:11.1f}" for v in VARIANTS)
         gains = (100 * (device["per layer"] / device[v] - 1) for v in VARIANTS[1:])
-        text += f"{'gain':>14s}" + "".join(f"{gain:+8.1f}%" for gain in gains)
+        text += f"{'gain':>14s}" + "".join(f"{gain:+8.2f}%" for gain in gains)
     return text
 
 
@@ -332,7 +246,7 @@ def why_not(build: str) -> str | None:
 def write_csv(path: pathlib.Path, rows: list[list[Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        names = ["model", "part", "batch", "tokens", "variant", "metric", "p20_us", "p50_us", "p80_us"]
+        names = ["model", "part", "batch", "tokens", "variant", "capture", "metric", "p20_us", "p50_us", "p80_us"]
         csv.writer(file).writerows([names, *rows])
 
 
@@ -370,11 +284,12 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"decode-step, batch {len(lengths)}, {part}: {error}", file=sys.stderr)
                 return 1
             print(line(model, lengths, times), flush=True)
-            for variant, metrics in times.items():
-                for metric, values in metrics.items():
-                    percentiles = [f"{value:.2f}" for value in summary(values)]
-                    whole = "whole" if model.hidden else "attention"
-                    rows.append([model.name, whole, len(lengths), sum(lengths), variant, metric, *percentiles])
+            part = "whole" if model.hidden else "attention"
+            for metric, variants in times.items():
+                for variant, captures in variants.items():
+                    for i, values in enumerate(captures, 1):
+                        percentiles = [f"{value:.2f}" for value in summary(values)]
+                        rows.append([model.name, part, len(lengths), sum(lengths), variant, i, metric, *percentiles])
             gc.collect()  # graphs and their pools, before the next caches
             torch.cuda.empty_cache()
     if options.csv:

@@ -63,12 +63,12 @@ def graph_time(launch: Launches, calls: int = 20, replays: int = 50, before_repl
     return graph_sampler(launch, calls, before_replay)(replays)
 
 
-def eager_sampler(launch: Launches, calls: int = 20, before: Before = None) -> Sampler:
-    """See `eager_time`."""
+def eager_sampler(launch: Launches, calls: int = 20, before: Before = None, head_start: float = _HEAD_START) -> Sampler:
+    """See `eager_time`. The host has `head_start` seconds and twice the time it took to queue a sample's calls."""
     rotation = _rotation(launch, calls)
     _call_once(launch)
     seconds = max(_host_seconds(rotation) for _ in range(3))
-    return partial(_eager_samples, rotation, before, 2 * seconds + _HEAD_START)
+    return partial(_eager_samples, rotation, before, 2 * seconds + head_start)
 
 
 def eager_time(launch: Launches, calls: int = 20, samples: int = 50, before: Before = None) -> Times:

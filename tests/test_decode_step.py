@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from fa3_metadata.models import MODELS
 from torch.overrides import TorchFunctionMode
 
 from bench import decode_step
-from bench.decode_step import ATTENTION, PAGE, WHOLE, Attention, Model, Whole
+from bench.decode_models import ATTENTION, PAGE, SPAN, WHOLE, Attention, Model, Whole
 
 from .attention_reference import attention as reference
 
@@ -216,7 +217,7 @@ def test_a_whole_step_appends_one_token_a_sequence_and_nothing_else() -> None:
 def test_a_whole_step_ends_with_the_likeliest_token() -> None:
     whole = Whole(TINY, LENGTHS, forward([]))
     (logits,) = whole.run(lambda _: {})
-    assert torch.equal(whole.next_tokens, logits.argmax(dim=-1))
+    assert torch.equal(whole.tokens, logits.argmax(dim=-1))
 
 
 # ---- where it runs and what it prints --------------------------------------------------------------------------------
@@ -267,7 +268,10 @@ def test_models_and_batches_are_chosen(monkeypatch: pytest.MonkeyPatch, capsys: 
 
     def measure(model: Model, lengths: tuple[int, ...], *_: Any) -> Any:
         seen.append((model.name, bool(model.hidden), len(lengths)))
-        return {name: {"device": [100.0], "host": [10.0]} for name in decode_step.VARIANTS}
+        return {
+            metric: {name: [[us]] * 2 for name in decode_step.VARIANTS}
+            for metric, us in (("device", 100.0), ("host", 10.0))
+        }
 
     ready(monkeypatch, measure)
     assert decode_step.main(["--model", "70B", "gpt", "--batch", "64"]) == 0
@@ -277,7 +281,7 @@ def test_models_and_batches_are_chosen(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert said.count("one launch for all") == 2  # once a model
     assert "gpt-oss-20b: 2 groups of layers (12 window 127, 12 full), one launch for all; native for 12" in said
     assert "tokens/s" in said
-    assert "+0.0%" in said
+    assert "+0.00%" in said
     assert decode_step.main(["--batch", "5"]) == 2
 
 
@@ -292,3 +296,63 @@ def test_a_wrong_output_ends_it_without_a_speed_up(
     said = capsys.readouterr()
     assert said.err == "decode-step, batch 16, attention: Qwen3-32B, TP4: output 3\n"
     assert said.out.endswith(decode_step.HEADER + "\n")
+
+
+# ---- lengths that grow -----------------------------------------------------------------------------------------------
+
+
+def test_lengths_stay_within_the_pages() -> None:
+    made = Whole(TINY, LENGTHS, forward([]))
+    for step in (0, 1, SPAN - 1, SPAN, 1000):
+        made.reset(step)
+        assert made.cache_seqlens.tolist() == [length + step % SPAN for length in LENGTHS]
+    unreset = (
+        (1 + 3) * decode_step.CAPTURES * len(decode_step.VARIANTS)
+    )  # by the samplers, before they are told to reset
+    assert SPAN + unreset <= PAGE
+    for length, row in zip(LENGTHS, made.page_table, strict=True):
+        pages = -(-(length + SPAN + unreset) // PAGE)
+        assert pages <= len(row)
+        assert len(set(row[:pages].tolist())) == pages
+
+
+def test_a_step_takes_up_where_the_last_one_ended() -> None:
+    whole = Whole(TINY, LENGTHS, forward([]))
+    whole.run(lambda _: {})
+    tokens = whole.tokens.tolist()
+    before = [[cache.clone() for cache in pair] for pair in whole.caches]
+    (logits,) = whole.run(lambda _: {})
+    for i, length in enumerate(LENGTHS):
+        expected = logits_of(whole, before, i, tokens[i], length + 1)
+        assert (logits[i].double() - expected).norm() / expected.norm() < 0.05
+    whole.reset()
+    assert whole.cache_seqlens.tolist() == list(LENGTHS)
+    assert torch.equal(whole.tokens, whole.first_tokens)
+
+
+def test_every_way_sees_the_same_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[list[int]]] = []
+
+    def step_of(variant: str, attention: Attention, build: str, pool: object) -> Any:
+        seen.append([])
+        return partial(lambda own: own.append(attention.cache_seqlens.tolist()), seen[-1])
+
+    def sampler_of(step: Any, calls: int, before: Any, **_: Any) -> Any:
+        def samples(n: int) -> list[float]:
+            for _ in range(n):
+                before()
+                step()
+            return [1.0] * n
+
+        return samples
+
+    monkeypatch.setattr(decode_step, "load_forward", lambda _: forward([]))
+    monkeypatch.setattr(decode_step, "step_of", step_of)
+    monkeypatch.setattr(decode_step, "outputs_of", lambda *_: [])
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(decode_step, "eager_sampler", sampler_of)
+    monkeypatch.setattr(decode_step, "host_sampler", sampler_of)
+    decode_step.measure(Model("A", 1, 2, 1, 16), (5, 9), "sglang-kernel-0.4.2", samples=40, rounds=3)
+    turns = [[5 + step % SPAN, 9 + step % SPAN] for step in range(41)]
+    assert len(seen) == decode_step.CAPTURES * len(decode_step.VARIANTS)
+    assert all(lengths == turns * 2 for lengths in seen)

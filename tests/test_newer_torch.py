@@ -38,7 +38,8 @@ def test_the_places_of_misread_tensors_are_kept_from_the_next_ones(monkeypatch: 
     monkeypatch.setattr(newer_torch, "is_misread", lambda _tensor: next(answers))
     monkeypatch.setattr(newer_torch, "_kept", kept)
     newer_torch.keep_misread_places()
-    assert len(kept) == sum(every_third) and next(answers, None) is None
+    assert len(kept) == sum(every_third)
+    assert next(answers, None) is None
     assert len({tensor._cdata for tensor in kept}) == len(kept)  # alive, so nothing else is there
 
 
