@@ -44,7 +44,7 @@ from fa3_metadata.providers import load_forward, provider_of
 from fa3_metadata.triton_kernels.layout import padded
 
 from .decode_models import ATTENTION, SPAN, WHOLE, Attention, Model, Whole
-from .timing import eager_sampler, gpu_facts, host_sampler, interleaved, summary
+from .timing import Captured, apart, eager_sampler, gpu_facts, host_sampler, interleaved, middle, summary
 
 VARIANTS = ("per layer", "native", "ours", "balanced")
 CAPTURES = 2  # graphs of each way
@@ -150,10 +150,7 @@ def check(variant: str, found: list[torch.Tensor], expected: list[torch.Tensor],
             raise DiffersError(f"{model.name}: output {i} by {variant!r} is off by {error:.3g}, over {most}")
 
 
-Times = dict[str, list[list[float]]]  # by variant, a list for each capture
-
-
-def measure(model: Model, lengths: tuple[int, ...], build: str, samples: int, rounds: int) -> dict[str, Times]:
+def measure(model: Model, lengths: tuple[int, ...], build: str, samples: int, rounds: int) -> dict[str, Captured]:
     """Microseconds of a step, "device" and "host". Raises `DiffersError` for a wrong output."""
     torch.manual_seed(0)
     attention = (Whole if model.hidden else Attention)(model, lengths, load_forward(build))
@@ -172,7 +169,7 @@ def measure(model: Model, lengths: tuple[int, ...], build: str, samples: int, ro
         steps_so_far = count()
         return lambda: attention.reset(next(steps_so_far))
 
-    def times(sampler_of: Callable[..., Any], **more: Any) -> Times:
+    def times(sampler_of: Callable[..., Any], **more: Any) -> Captured:
         attention.reset()
         samplers = {
             f"{variant} {i}": sampler_of(step, 1, lengths_in_turn(), **more)
@@ -183,17 +180,6 @@ def measure(model: Model, lengths: tuple[int, ...], build: str, samples: int, ro
         return {variant: [taken[f"{variant} {i}"] for i in range(CAPTURES)] for variant in VARIANTS}
 
     return {"device": times(eager_sampler, head_start=HEAD_START), "host": times(host_sampler)}
-
-
-def middle(captures: list[list[float]]) -> float:
-    """Mean of the medians of the graphs of a way."""
-    return sum(summary(one)[1] for one in captures) / len(captures)
-
-
-def apart(times: Times) -> float:
-    """The most that graphs of the same way differ by, as a part of their time."""
-    medians = [[summary(one)[1] for one in captures] for captures in times.values()]
-    return max((max(one) - min(one)) / min(one) for one in medians)
 
 
 def how_made(model: Model) -> str:
@@ -212,7 +198,7 @@ HEADER = f"{'us a step':24s}{'batch':>6s}{'mean':>7s}" + "".join(f"{name:>11s}" 
 HEADER += "   per layer /" + "".join(f"{name:>9s}" for name in VARIANTS[1:]) + "   apart   host: native   ours"
 
 
-def line(model: Model, lengths: tuple[int, ...], times: dict[str, Times]) -> str:
+def line(model: Model, lengths: tuple[int, ...], times: dict[str, Captured]) -> str:
     """A row of the table; tokens/s and gains in a second row for a whole model."""
     device = {name: middle(captures) for name, captures in times["device"].items()}
     name = model.name + (", whole" if model.hidden else "")

@@ -4,40 +4,45 @@
     python -m bench sglang-decode --model 70b --csv sglang.csv
 
 Two models with random weights, in the shape of Llama-3.1-8B and of one of eight tensor-parallel ranks of Llama-3.1-70B
-without its all-reduces. One process a variant, all on the same GPU, which take turns; KV caches are filled with random
-numbers instead of a prefill. Timed is `CudaGraphRunner.replay` as SGLang calls it: what it prepares, its precompute
-among that, and the replay of the graph. Device time: between events around it, with the GPU kept busy until all is
-queued. Host time: until it returns, the GPU idle before. Medians over steps, whose tokens are random and the same for
-all. The logits of the first steps are compared first: those with SGLang's metadata and with ours must have the bits of
-those without, those of "balanced" be within the error of another order of sums.
+without its all-reduces, in a process each. There, SGLang's attention backend and its CUDA graphs are made anew for each
+variant, twice; weights, KV cache, inputs and the graphs' memory pool are the same for all. They take turns, each of
+which starts from the same lengths, places in the KV cache and tokens; the cache is filled with random numbers instead
+of a prefill.
+
+Timed is `CudaGraphRunner.replay` as SGLang calls it: what it prepares, its precompute among that, and the replay of
+the graph. Device time: between events around it, with the GPU kept busy until all is queued. Host time: until it
+returns, the GPU idle before. The mean of the medians of both captures; what captures of the same variant differ by, at
+most, is printed as "apart". The logits of the first steps are compared first: those with SGLang's metadata and with
+ours must have the bits of those without, those of "balanced" be within the error of another order of sums.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import multiprocessing
 import os
 import pathlib
-import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
-from multiprocessing.connection import Client, Connection, Listener
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from types import SimpleNamespace
 from typing import Any
 
 from .sglang_model import load, make_model, use, why_not
-from .timing import gpu_facts, spin, summary
+from .timing import Captured, apart, gpu_facts, middle, spin, summary
 from .workloads import lognormal, uniform
 
-VARIANTS = {"none": "none", "sglang": "sglang", "ours": "adapter", "balanced": "balanced"}  # shown -> for `use`
+VARIANTS = ("none", "sglang", "ours", "balanced")
+POLICIES = {"ours": "fa3", "balanced": "balanced"}
+CAPTURES = 2  # of each variant
 CONTEXT, POOL = 20480, 72_000  # tokens: of a sequence at most, and of the KV cache
 GRAPHS = [1, 4, 16, 32, 64]
 STEPS, ROUNDS, COMPARED = 6, 4, 3  # steps of a turn, turns, first steps whose logits are compared
 TOLERANCE = 0.1  # relative, of the norm, after many layers of random weights
 HEAD_START = 4e-3  # seconds that the host is given to queue a step
-FAILED = 120  # seconds that a process may take to load
 
 MODELS: dict[str, dict[str, Any]] = {
     "8b": {
@@ -59,33 +64,51 @@ CASES: dict[str, tuple[int, ...]] = {
 }
 
 
-# ---- a variant's process ---------------------------------------------------------------------------------------------
+# ---- in a model's process --------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Timed:
-    """Microseconds of the replays of a turn."""
-
-    device: list[float]
-    host: list[float]
+class FailedError(Exception):
+    """A process ended, or logits are not what they must be."""
 
 
-class Server:
-    """One variant: a loaded model and the batch that it decodes."""
+class Engine:
+    """A loaded SGLang, the ways in which its steps have been captured, and the batch that it decodes."""
 
-    def __init__(self, variant: str, folder: pathlib.Path, vocabulary: int) -> None:
-        import torch
-
-        use(VARIANTS[variant])
+    def __init__(self, folder: pathlib.Path, vocabulary: int) -> None:
+        use("sglang")
         self.runner = load(
             folder, mem_fraction_static=0.9, max_total_tokens=POOL, cuda_graph_bs=GRAPHS, context_length=CONTEXT
         )
-        self.vocabulary, self.folder, self.variant = vocabulary, folder, variant
+        self.model, self.vocabulary = self.runner.torch_runner, vocabulary
+        self.replays: list[float] = []  # microseconds
+        self.times_device = False
+        self._time_replays()
+        # What was captured while it loaded is its own way. The others go to and fro from there.
+        self.ways: dict[str, list[tuple[Any, Any]]] = {variant: [] for variant in VARIANTS}
+        self.ways["sglang"].append((self.model.attn_backend, self.model.graph_runner))
+        order = [variant for variant in VARIANTS if variant != "sglang"]
+        for variant in (*order, *reversed(order), "sglang"):
+            self.ways[variant].append(self.capture(variant))
+
+    def capture(self, variant: str) -> tuple[Any, Any]:
+        """A new attention backend and new graphs."""
+        from fa3_metadata.engines.sglang import attach
+
+        self.model.init_attention_backend()
+        backend = self.model.attn_backend
+        attached = attach(backend, policy=POLICIES[variant]) if variant in POLICIES else None
+        if variant == "none":  # SGLang as it was before it made metadata itself
+            backend._get_scheduler_metadata = None
+        self.model.init_device_graphs()
+        if attached is not None:
+            attached.detach()  # from the module, for the next capture; graphs keep what they have
+        return backend, self.model.graph_runner
+
+    def _time_replays(self) -> None:
+        import torch
         from sglang.srt.model_executor.cuda_graph_runner import CudaGraphRunner
 
         replay = CudaGraphRunner.replay
-        self.timed = Timed([], [])
-        self.times_device = False
 
         def timed_replay(*arguments: Any, **named: Any) -> Any:
             torch.cuda.synchronize()
@@ -96,26 +119,31 @@ class Server:
                 output = replay(*arguments, **named)
                 end.record()
                 end.synchronize()
-                self.timed.device.append(start.elapsed_time(end) * 1000)
+                self.replays.append(start.elapsed_time(end) * 1000)
             else:
                 started = time.perf_counter()
                 output = replay(*arguments, **named)
-                self.timed.host.append((time.perf_counter() - started) * 1e6)
+                self.replays.append((time.perf_counter() - started) * 1e6)
             return output
 
         CudaGraphRunner.replay = timed_replay
 
-    def start(self, lengths: tuple[int, ...]) -> str:
-        """Take up a batch and save the logits of its first steps; the file."""
+    def fill_cache(self, seed: int) -> None:
+        import torch
+
+        generator = torch.Generator("cuda").manual_seed(seed)
+        pool = self.model.token_to_kv_pool
+        for cache in (*pool.k_buffer, *pool.v_buffer):
+            cache.normal_(generator=generator)
+
+    def start(self, variant: str, capture: int, lengths: tuple[int, ...]) -> None:
+        """Take up a batch, as if its prompts had been run, to be decoded in one of the ways."""
         import torch
         from sglang import bench_one_batch
 
-        model = self.runner.torch_runner
+        model = self.model
+        model.attn_backend, model.graph_runner = self.ways[variant][capture]
         self.runner.clear()
-        generator = torch.Generator("cuda").manual_seed(len(lengths))
-        pool = model.token_to_kv_pool
-        for cache in (*pool.k_buffer, *pool.v_buffer):
-            cache.normal_(generator=generator)
         forward, sample = model.forward, model.sample
         answer = SimpleNamespace(logits_output=SimpleNamespace(next_token_logits=None))
         model.forward, model.sample = lambda *_: answer, lambda *_: torch.zeros(len(lengths), device="cuda")
@@ -124,104 +152,28 @@ class Server:
         _, _, self.batch = self.runner.extend(requests)  # memory alone: its forward does nothing
         model.forward, model.sample = forward, sample
         self.tokens = torch.Generator("cuda").manual_seed(0)
-        file = self.folder / f"{self.variant}.pt"
-        torch.save([self.step().cpu() for _ in range(COMPARED)], file)
-        return str(file)
 
-    def step(self) -> Any:
+    def steps(self, count: int) -> Iterator[Any]:
+        """The logits of some steps of random tokens."""
         import torch
 
-        size = (len(self.batch.reqs),)
-        tokens = torch.randint(self.vocabulary, size, generator=self.tokens, device="cuda")
-        return self.runner.decode(tokens, self.batch)[1].clone()
+        for _ in range(count):
+            size = (len(self.batch.reqs),)
+            tokens = torch.randint(self.vocabulary, size, generator=self.tokens, device="cuda")
+            yield self.runner.decode(tokens, self.batch)[1].clone()
 
-    def turn(self) -> Timed:
-        """Times of some steps; the first of each kind is thrown away."""
-        made = Timed([], [])
-        for self.times_device in (True, False):
-            self.timed = Timed([], [])
-            for _ in range(STEPS + 1):
-                self.step()
-            made.device += self.timed.device[1:]
-            made.host += self.timed.host[1:]
-        return made
+    def turn(self, metric: str) -> list[float]:
+        """Microseconds of some replays; the first is thrown away."""
+        self.times_device, self.replays = metric == "device", []
+        for _ in self.steps(STEPS + 1):
+            pass
+        return self.replays[1:]
 
 
-def serve(variant: str, folder: pathlib.Path, vocabulary: int) -> None:
-    """Load, then answer the parent: lengths start a batch, "turn" times some steps of it, None ends."""
-    server = Server(variant, folder, vocabulary)
-    with Client(str(folder / "socket")) as parent:
-        parent.send(variant)
-        while (asked := parent.recv()) is not None:
-            parent.send(server.turn() if asked == "turn" else server.start(asked))
-    os._exit(0)  # SGLang's own teardown waits for a server that is not there
-
-
-# ---- the parent ------------------------------------------------------------------------------------------------------
-
-
-class FailedError(Exception):
-    """A process ended, or logits are not what they must be."""
-
-
-class Servers:
-    """A process for each variant."""
-
-    def __init__(self, model: str, folder: pathlib.Path) -> None:
-        self.folder = folder
-        sizes = MODELS[model]
-        make_model(folder, sizes)
-        command = [sys.executable, "-W", "ignore", "-m", "bench", "sglang-decode", "--model", model, "--folder"]
-        self.processes, self.parents = {}, {}
-        with Listener(str(folder / "socket")) as listener:
-            for variant in VARIANTS:
-                with (folder / f"{variant}.log").open("w") as log:
-                    self.processes[variant] = subprocess.Popen(
-                        [*command, str(folder), "--variant", variant], stdout=log, stderr=subprocess.STDOUT
-                    )
-            listener._listener._socket.settimeout(1)  # type: ignore[attr-defined]
-            deadline = time.monotonic() + FAILED
-            while len(self.parents) < len(VARIANTS):
-                try:
-                    one = listener.accept()
-                except TimeoutError:
-                    if time.monotonic() > deadline or any(p.poll() is not None for p in self.processes.values()):
-                        self.end()
-                        raise FailedError(self.logs()) from None
-                else:
-                    self.parents[one.recv()] = one
-
-    def logs(self) -> str:
-        """The end of what each process said that is not at work."""
-        silent = [variant for variant in VARIANTS if variant not in self.parents] or list(VARIANTS)
-        return "\n".join(f"{v}:\n{(self.folder / f'{v}.log').read_text()[-1500:]}" for v in silent)
-
-    def ask(self, variant: str, what: Any) -> Any:
-        connection: Connection = self.parents[variant]
-        try:
-            connection.send(what)
-            return connection.recv()
-        except (EOFError, OSError):
-            raise FailedError(f"{variant}:\n{(self.folder / f'{variant}.log').read_text()[-3000:]}") from None
-
-    def end(self) -> None:
-        for connection in self.parents.values():
-            try:
-                connection.send(None)
-            except OSError:
-                continue
-        for process in self.processes.values():
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-
-
-def compare(files: dict[str, str]) -> float:
+def compare(logits: dict[str, list[Any]]) -> float:
     """The relative error of "balanced". Raises `FailedError` where logits are not what they must be."""
     import torch
 
-    logits = {variant: torch.load(file) for variant, file in files.items()}
     worst = 0.0
     for i, expected in enumerate(logits["none"]):
         if not torch.isfinite(expected).all():
@@ -236,29 +188,82 @@ def compare(files: dict[str, str]) -> float:
     return worst
 
 
-def measure(servers: Servers, lengths: tuple[int, ...]) -> tuple[dict[str, Timed], float]:
-    """Times by variant, and the relative error of "balanced"."""
-    error = compare({variant: servers.ask(variant, lengths) for variant in VARIANTS})
-    times = {variant: Timed([], []) for variant in VARIANTS}
+Times = dict[str, Captured]  # "device", "host"
+
+
+def measure(engine: Engine, lengths: tuple[int, ...]) -> tuple[Times, float]:
+    """Times, and the relative error of "balanced"."""
+    engine.fill_cache(len(lengths))
+    error = 0.0
+    for capture in range(CAPTURES):
+        logits = {}
+        for variant in VARIANTS:
+            engine.start(variant, capture, lengths)
+            logits[variant] = list(engine.steps(COMPARED))
+        error = max(error, compare(logits))
+    times: Times = {metric: {variant: [[], []] for variant in VARIANTS} for metric in ("device", "host")}
+    ways = [(variant, capture) for capture in range(CAPTURES) for variant in VARIANTS]
     for turn in range(ROUNDS):
-        for variant in VARIANTS if turn % 2 == 0 else reversed(VARIANTS):
-            made: Timed = servers.ask(variant, "turn")
-            times[variant].device += made.device
-            times[variant].host += made.host
+        for variant, capture in ways if turn % 2 == 0 else reversed(ways):
+            engine.start(variant, capture, lengths)
+            for metric, captured in times.items():
+                captured[variant][capture] += engine.turn(metric)
     return times, error
 
 
+def serve(model: str, part: str, folder: pathlib.Path, parent: Connection) -> None:
+    """Send a case's name, times and error for each case whose name has `part` in it; then None, or why not."""
+    with (folder / "log").open("w") as log:
+        for standard in (1, 2):
+            os.dup2(log.fileno(), standard)
+    make_model(folder, MODELS[model])
+    try:
+        engine = Engine(folder, MODELS[model]["vocab_size"])
+        for case, lengths in CASES.items():
+            if part in case:
+                parent.send((case, *measure(engine, lengths)))
+        parent.send(None)
+    except FailedError as error:
+        parent.send(error)
+    os._exit(0)  # SGLang's own teardown waits for a server that is not there
+
+
+# ---- the parent ------------------------------------------------------------------------------------------------------
+
+
+def measured(model: str, part: str, target: Any = serve) -> Iterator[tuple[str, Times, float]]:
+    """Cases, times and errors from a model's process. Raises `FailedError`."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        spawn = multiprocessing.get_context("spawn")  # no CUDA from here
+        ours, its = spawn.Pipe()
+        process = spawn.Process(target=target, args=(model, part, folder, its))
+        process.start()
+        its.close()  # so that its end is seen here
+        try:
+            while (got := ours.recv()) is not None:
+                if isinstance(got, FailedError):
+                    raise got
+                yield got
+        except (EOFError, OSError):
+            said = (folder / "log").read_text(errors="replace") if (folder / "log").exists() else ""
+            raise FailedError(f"its process ended. {said[-3000:]}") from None
+        finally:
+            process.terminate()
+            process.join()
+
+
 HEADER = f"{'us a replay':26s}" + "".join(f"{name:>10s}" for name in VARIANTS)
-HEADER += "   none /" + "".join(f"{name:>9s}" for name in list(VARIANTS)[1:]) + "   sglang / ours"
+HEADER += "   none /" + "".join(f"{name:>9s}" for name in VARIANTS[1:]) + "   sglang / ours   apart"
 HEADER += "   host:" + "".join(f"{name:>9s}" for name in VARIANTS) + "   error of balanced"
 
 
-def line(model: str, case: str, times: dict[str, Timed], error: float) -> str:
-    device = {name: summary(one.device)[1] for name, one in times.items()}
+def line(model: str, case: str, times: Times, error: float) -> str:
+    device = {name: middle(captures) for name, captures in times["device"].items()}
     text = f"{model + ', ' + case:26s}" + "".join(f"{device[name]:10.1f}" for name in VARIANTS)
-    text += " " * 9 + "".join(f"{device['none'] / device[name]:9.4f}" for name in list(VARIANTS)[1:])
-    text += f"{device['sglang'] / device['ours']:16.4f}        "
-    return text + "".join(f"{summary(one.host)[1]:9.0f}" for one in times.values()) + f"{error:20.1e}"
+    text += " " * 9 + "".join(f"{device['none'] / device[name]:9.4f}" for name in VARIANTS[1:])
+    text += f"{device['sglang'] / device['ours']:16.4f}{100 * apart(times['device']):7.2f}%        "
+    return text + "".join(f"{middle(times['host'][name]):9.0f}" for name in VARIANTS) + f"{error:20.1e}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -266,39 +271,30 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", choices=MODELS, help="one of both")
     parser.add_argument("--case", default="", help="cases whose name contains this")
     parser.add_argument("--csv", type=pathlib.Path, help="write all percentiles there")
-    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=pathlib.Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if missing := why_not():
         print(f"sglang-decode needs a Hopper GPU and SGLang: {missing}", file=sys.stderr)
         return 2
-    if options.variant:
-        serve(options.variant, options.folder, MODELS[options.model]["vocab_size"])
+    if not any(options.case in case for case in CASES):
+        print(f"sglang-decode: --case must be part of one of {', '.join(CASES)}, got {options.case!r}", file=sys.stderr)
+        return 2
     print(gpu_facts())
     print(HEADER, flush=True)
     rows = []
     for model in [options.model] if options.model else MODELS:
-        with tempfile.TemporaryDirectory() as name:
-            servers = None
-            try:
-                servers = Servers(model, pathlib.Path(name))
-                for case, lengths in CASES.items():
-                    if options.case not in case:
-                        continue
-                    times, error = measure(servers, lengths)
-                    print(line(model, case, times, error), flush=True)
-                    for variant, timed in times.items():
-                        for metric, values in vars(timed).items():
-                            rows.append([model, case, variant, metric, *(f"{us:.1f}" for us in summary(values))])
-            except FailedError as error:
-                print(f"{model}: {error}", file=sys.stderr)
-                return 1
-            finally:
-                if servers is not None:
-                    servers.end()
+        try:
+            for case, times, error in measured(model, options.case):
+                print(line(model, case, times, error), flush=True)
+                for metric, captured in times.items():
+                    for variant, captures in captured.items():
+                        for i, values in enumerate(captures, 1):
+                            rows.append([model, case, variant, i, metric, *(f"{us:.1f}" for us in summary(values))])
+        except FailedError as error:
+            print(f"{model}: {error}", file=sys.stderr)
+            return 1
     if options.csv:
         options.csv.parent.mkdir(parents=True, exist_ok=True)
         with options.csv.open("w", newline="") as file:
-            names = ["model", "case", "variant", "metric", "p20_us", "p50_us", "p80_us"]
+            names = ["model", "case", "variant", "capture", "metric", "p20_us", "p50_us", "p80_us"]
             csv.writer(file).writerows([names, *rows])
     return 0

@@ -38,14 +38,14 @@ def make_model(folder: pathlib.Path, sizes: dict[str, Any]) -> None:
 def use(variant: str) -> None:
     """Say where metadata shall come from, before a model is loaded.
 
-    none: FA3, in every layer. sglang: SGLang's precompute. adapter, balanced: ours, by policy "fa3" or "balanced".
+    none: FA3, in every layer. sglang: SGLang's precompute. adapter: ours.
     wrapper: `install(wrap_forward=True)` under a SGLang without precompute.
     """
     os.environ.update(_ENVIRONMENT)  # before SGLang is imported
-    if variant in ("adapter", "balanced"):
+    if variant == "adapter":
         from fa3_metadata.engines.sglang import attach_new_backends
 
-        attach_new_backends(policy="fa3" if variant == "adapter" else "balanced")
+        attach_new_backends()
     if variant == "wrapper":
         import fa3_metadata
 

@@ -190,6 +190,20 @@ def summary(samples: Sequence[float]) -> tuple[float, float, float]:
     return float(p20), float(p50), float(p80)
 
 
+Captured = dict[str, list[Times]]  # by what was captured, the times of each of its graphs
+
+
+def middle(captures: list[Times]) -> float:
+    """Mean of the medians of several graphs of the same."""
+    return sum(summary(one)[1] for one in captures) / len(captures)
+
+
+def apart(captured: Captured) -> float:
+    """The most that graphs of the same differ by, as a part of their time: smaller differences mean nothing."""
+    medians = [[summary(one)[1] for one in captures] for captures in captured.values()]
+    return max((max(one) - min(one)) / min(one) for one in medians)
+
+
 def spin(seconds: float) -> None:
     """Keep the GPU busy for so long, or longer where its clock is slow; returns at once."""
     torch.cuda._sleep(int(seconds * _FASTEST_CLOCK))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import pathlib
-import threading
-from multiprocessing.connection import Listener
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +12,7 @@ import torch
 
 from bench import decode_models, decode_step, sglang_decode
 from bench.decode_models import ATTENTION, WHOLE, Model
-from bench.sglang_decode import CASES, CONTEXT, GRAPHS, POOL, ROUNDS, STEPS, FailedError, Timed
+from bench.sglang_decode import CASES, CONTEXT, GRAPHS, POOL, ROUNDS, STEPS, FailedError
 
 DEVICE = {name: [[us] * 3, [us + 4] * 3] for name, us in zip(
     decode_step.VARIANTS, (198.0, 158.0, 148.0, 98.0), strict=True)}  # fmt: skip
@@ -82,61 +80,80 @@ def test_without_a_gpu_one_line_says_so(command: Any, capsys: pytest.CaptureFixt
 
 
 def test_cases_fit_the_cache_and_the_graphs() -> None:
-    steps = 2 * ROUNDS * (STEPS + 1) + 10
+    steps = 2 * (STEPS + 1)  # of a turn
     for lengths in CASES.values():
         assert sum(lengths) + steps * len(lengths) <= POOL
         assert max(lengths) + steps <= CONTEXT
         assert len(lengths) in GRAPHS
 
 
-def files(folder: pathlib.Path, **changed: torch.Tensor) -> dict[str, str]:
-    for variant in sglang_decode.VARIANTS:
-        torch.save([changed.get(variant, torch.arange(8.0))], folder / variant)
-    return {variant: str(folder / variant) for variant in sglang_decode.VARIANTS}
+def test_logits_are_compared() -> None:
+    def logits(**changed: torch.Tensor) -> dict[str, list[torch.Tensor]]:
+        return {variant: [changed.get(variant, torch.arange(8.0))] for variant in sglang_decode.VARIANTS}
 
-
-def test_logits_are_compared(tmp_path: pathlib.Path) -> None:
-    assert sglang_decode.compare(files(tmp_path)) == 0
+    assert sglang_decode.compare(logits()) == 0
     near = torch.arange(8.0) * 1.01
-    assert sglang_decode.compare(files(tmp_path, balanced=near)) == pytest.approx(0.01, rel=1e-3)
+    assert sglang_decode.compare(logits(balanced=near)) == pytest.approx(0.01, rel=1e-3)
     for wrong, says in (({"ours": near}, "'ours' have other bits"), ({"sglang": near}, "'sglang' have other bits"),
                         ({"balanced": near * 2}, "are off by"),
                         ({"none": torch.full((8,), torch.nan)}, "not finite")):  # fmt: skip
         with pytest.raises(FailedError, match=says):
-            sglang_decode.compare(files(tmp_path, **wrong))
+            sglang_decode.compare(logits(**wrong))
 
 
-def test_a_process_answers_until_it_is_told_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
-    class StandIn:
-        def __init__(self, *arguments: object) -> None:
-            self.arguments = arguments
+class StandIn:
+    """An engine whose steps take as long as its variant's place says, in the second capture one more."""
 
-        def start(self, lengths: tuple[int, ...]) -> str:
-            return f"{self.arguments[0]} {sum(lengths)}"
+    def __init__(self) -> None:
+        self.started: list[tuple[str, int, tuple[int, ...]]] = []
 
-        def turn(self) -> Timed:
-            return Timed([1.0], [2.0])
+    def fill_cache(self, seed: int) -> None:
+        assert not self.started
 
-    ended = []
-    monkeypatch.setattr(sglang_decode, "Server", StandIn)
-    monkeypatch.setattr(os, "_exit", ended.append)
-    with Listener(str(tmp_path / "socket")) as listener:
-        child = threading.Thread(target=sglang_decode.serve, args=("ours", tmp_path, 9))
-        child.start()
-        parent = listener.accept()
-        answers = [parent.recv()]
-        for asked in ((3, 4), "turn"):
-            parent.send(asked)
-            answers.append(parent.recv())
+    def start(self, variant: str, capture: int, lengths: tuple[int, ...]) -> None:
+        self.started.append((variant, capture, lengths))
+
+    def steps(self, count: int) -> list[torch.Tensor]:
+        return [torch.ones(4)] * count
+
+    def turn(self, metric: str) -> list[float]:
+        variant, capture, _ = self.started[-1]
+        return [100.0 * (1 + sglang_decode.VARIANTS.index(variant)) + capture + (metric == "host")]
+
+
+def test_every_capture_of_every_variant_takes_its_turns() -> None:
+    engine: Any = StandIn()
+    times, error = sglang_decode.measure(engine, (3, 4))
+    assert error == 0
+    assert times["device"]["ours"] == [[300.0] * ROUNDS, [301.0] * ROUNDS]
+    assert times["host"]["none"] == [[101.0] * ROUNDS, [102.0] * ROUNDS]
+    turns = engine.started[-8 * ROUNDS :]
+    assert turns[:8] == turns[8:16][::-1]  # there and back
+    assert {lengths for _, _, lengths in turns} == {(3, 4)}
+
+
+def _answers(model: str, part: str, folder: pathlib.Path, parent: Any) -> None:
+    (folder / "log").write_text(f"{model} dies of {part}")
+    if part == "logits":
+        parent.send(FailedError("other bits"))
+    if part != "death":
+        parent.send((part, {}, 0.0))
         parent.send(None)
-        child.join(10)
-    assert answers == ["ours", "ours 7", Timed([1.0], [2.0])]
-    assert ended == [0]
+    os._exit(0)
+
+
+def test_what_a_models_process_sends_is_what_is_measured() -> None:
+    assert list(sglang_decode.measured("8b", "1 x 512", _answers)) == [("1 x 512", {}, 0.0)]
+    with pytest.raises(FailedError, match="other bits"):
+        list(sglang_decode.measured("8b", "logits", _answers))
+    with pytest.raises(FailedError, match=r"its process ended\. 8b dies of death"):
+        list(sglang_decode.measured("8b", "death", _answers))
 
 
 def test_a_row_of_sglangs_table() -> None:
-    times = {name: Timed([us] * 3, [us / 10] * 3) for name, us in zip(
+    device = {name: [[us - 1] * 3, [us + 1] * 3] for name, us in zip(
         sglang_decode.VARIANTS, (200.0, 160.0, 150.0, 100.0), strict=True)}  # fmt: skip
+    times = {"device": device, "host": {name: [[20.0], [30.0]] for name in device}}
     text = sglang_decode.line("8b", "1 x 2", times, 0.0012)
-    assert text.split()[4:] == ["200.0", "160.0", "150.0", "100.0", "1.2500", "1.3333", "2.0000", "1.0667",
-                                "20", "16", "15", "10", "1.2e-03"]  # fmt: skip
+    assert text.split()[4:] == ["200.0", "160.0", "150.0", "100.0", "1.2500", "1.3333", "2.0000", "1.0667", "2.02%",
+                                "25", "25", "25", "25", "1.2e-03"]  # fmt: skip
