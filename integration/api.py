@@ -150,7 +150,7 @@ def get_scheduler_metadata(
         raise TypeError("cache_seqlens must be a tensor, got NoneType")
     tensors = LengthTensors(*given)
     resolved = _resolve(tensors, static, rules)
-    out = output_tensor(out, resolved.plan.layout, cache_seqlens.device)
+    out = output_tensor(out, resolved.size, cache_seqlens.device)
     if backend == "native":
         out.copy_(native_metadata(build, resolved.problem, tensors))
     elif backend == "reference" or (backend == "auto" and out.device.type == "cpu"):
@@ -270,7 +270,7 @@ def _remember(call: Any, resolved: ResolvedCall, tensors: LengthTensors, out: to
             _again.clear()
         _again[call] = None
     elif (launch := resolved.repeat(tensors, out)) is not None:
-        _again[call] = launch, resolved.plan.layout.size
+        _again[call] = launch, resolved.size
 
 
 def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
@@ -285,7 +285,7 @@ def _resolve(tensors: LengthTensors, static: tuple[Any, ...], rules: FA3Rules) -
     except (TypeError, AttributeError):  # no tensor, or a list for the window: the slow path says what is wrong
         key, found = None, None
     if found is not None:
-        tensors.check(found.problem.batch_size)
+        tensors.check(found.batch_size)
         return found
     like, made = None, None
     if key is not None:
@@ -298,11 +298,16 @@ def _resolve(tensors: LengthTensors, static: tuple[Any, ...], rules: FA3Rules) -
     if made is None:
         made = resolve(make_problem(tensors, **dict(zip(_STATIC, static, strict=True))), rules)
     if key is not None:
-        for known, one in ((_resolved, key), (_some_resolved, others)):
-            if len(known) >= _MOST_RESOLVED:
-                known.clear()
-            known[one] = made
+        _keep(_resolved, key, made)
+        if like is None or made.root is not like.root:
+            _keep(_some_resolved, others, made)
     return made
+
+
+def _keep(known: dict[tuple[Any, ...], ResolvedCall], key: tuple[Any, ...], made: ResolvedCall) -> None:
+    if len(known) >= _MOST_RESOLVED:
+        known.clear()
+    known[key] = made
 
 
 _DEFAULTS = {

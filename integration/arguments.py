@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from .triton_kernels.layout import MetadataLayout
 from .triton_kernels.problem import DEFAULT_GPU, Problem, checked_int
 
 if TYPE_CHECKING:
@@ -118,19 +117,19 @@ def make_problem(
     )
 
 
-def output_tensor(out: torch.Tensor | None, layout: MetadataLayout, device: torch.device) -> torch.Tensor:
-    """A tensor of `layout.size` elements: the start of `out`, checked, or a new one."""
+def output_tensor(out: torch.Tensor | None, size: int, device: torch.device) -> torch.Tensor:
+    """A tensor of `size` elements: the start of `out`, checked, or a new one."""
     if out is None:
-        return torch.empty(layout.size, dtype=torch.int32, device=device)
+        return torch.empty(size, dtype=torch.int32, device=device)
     if not isinstance(out, torch.Tensor):
         raise TypeError(f"out must be a tensor, got {type(out).__name__}")
     if out.dtype != torch.int32:
         raise TypeError(f"out must have dtype int32, got {out.dtype}")
     if out.device != device:
         raise ValueError(f"out must be on {device} like cache_seqlens, got {out.device}")
-    if out.dim() != 1 or not out.is_contiguous() or out.numel() < layout.size:
+    if out.dim() != 1 or not out.is_contiguous() or out.numel() < size:
         raise ValueError(
-            f"out must be a contiguous 1-D tensor of at least {layout.size} elements, "
+            f"out must be a contiguous 1-D tensor of at least {size} elements, "
             f"got shape {tuple(out.shape)} with strides {out.stride()}"
         )
-    return out if out.numel() == layout.size else out[: layout.size]
+    return out if out.numel() == size else out[:size]

@@ -21,7 +21,7 @@ class _Step:
 
     def __init__(self, resolved: list[ResolvedCall], views: tuple[torch.Tensor, ...]) -> None:
         self.resolved, self.views = resolved, views
-        self.batch_size = resolved[0].problem.batch_size
+        self.batch_size = resolved[0].batch_size
         self.launch: Any = None  # for several plans on a GPU
 
 
@@ -61,7 +61,7 @@ class MetadataPlans:
         self._on_cpu = first.device.type == "cpu"
         self._table = self._make_table()
         self._kept = False
-        self._some_launch: Any = None  # of the last batch size that was new, to share with the next one
+        self._launches: dict[Hashable, Any] = {}  # those that other batch sizes can share
         self._steps: dict[int, _Step] = {}
         self._step: _Step | None = None
         # By address and kind of the lengths; None: seen once, and whether they will come again is not known.
@@ -176,18 +176,26 @@ class MetadataPlans:
 
     def _new_step(self, batch_size: int) -> _Step:
         resolved = [plan.resolved(batch_size) for plan in self.plans]
-        sizes = (one.plan.layout.size for one in resolved)
-        views = tuple(self._buffer[start : start + size] for start, size in zip(self._starts, sizes, strict=True))
+        parts = zip(self._starts, resolved, strict=True)
+        views = tuple([self._buffer[start : start + one.size] for start, one in parts])
         step = self._steps[batch_size] = _Step(resolved, views)
         return step
 
     def _launch(self, tensors: LengthTensors, step: _Step) -> None:
-        kernels = load_launch(self._buffer.device)
         if step.launch is None:
-            plans = [one.plan for one in step.resolved]
-            step.launch = kernels.layer_groups_launch(step.resolved[0].problem, plans, self._some_launch)
-            self._some_launch = step.launch
+            step.launch = self._make_launch(step)
         on_device(self._buffer.device, step.launch, (self._buffer, self._table), tensors.pointers())
+
+    def _make_launch(self, step: _Step) -> Any:
+        kernels, roots = load_launch(self._buffer.device), [one.root for one in step.resolved]
+        shape = kernels.launch_shape_of([root.plan for root in roots], step.batch_size, roots[0].problem.gpu)
+        key = (shape, *roots)
+        like = self._launches.get(key)
+        if like is not None:
+            return like.for_batch(step.batch_size)
+        plans = [one.plan for one in step.resolved]
+        made = self._launches[key] = kernels.layer_groups_launch(step.resolved[0].problem, plans)
+        return made
 
     def _make_table(self) -> torch.Tensor | None:
         """The numbers of the plans on the device. They do not depend on the batch size, so once is enough."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .arguments import LengthTensors
 from .triton_kernels.builds import FA3Rules
-from .triton_kernels.plan import LaunchPlan, make_plan, plan_like
+from .triton_kernels.plan import LaunchPlan, make_plan, plan_like, sizes_alone_differ
 from .triton_kernels.problem import Problem, unchecked_replace
 from .triton_kernels.reference import Lengths, reference_metadata
 
@@ -20,21 +20,39 @@ if TYPE_CHECKING:
 
 
 class ResolvedCall:
-    """Writes the metadata of one problem; tensors given to it must have been checked."""
+    """Writes the metadata of one problem; tensors given to it must have been checked.
+
+    Those of other sizes that are made of one share its launches, and plan nothing that a launch does not need.
+    """
+
+    batch_size: int
+    max_seqlen_k: int
+    size: int  # elements of the metadata
+    root: ResolvedCall  # the one that this was made of, or itself
+    _launch: Launch | None
 
     def __init__(self, problem: Problem, plan: LaunchPlan) -> None:
-        self.problem, self.plan = problem, plan
-        self._launch: Launch | None = None
-        self._like: ResolvedCall | None = None  # of other sizes, whose launch this one can share
+        vars(self).update(problem=problem, plan=plan)
+        self.batch_size, self.max_seqlen_k, self.size = problem.batch_size, problem.max_seqlen_k, plan.layout.size
+        self.root, self._launch = self, None
+        self._launches: dict[tuple[int, int, int], Launch] = {}  # by their shape, for all that are made of this
+
+    @cached_property
+    def problem(self) -> Problem:
+        return unchecked_replace(self.root.problem, batch_size=self.batch_size, max_seqlen_k=self.max_seqlen_k)
+
+    @cached_property
+    def plan(self) -> LaunchPlan:
+        return plan_like(self.root.plan, self.root.problem, self.batch_size, self.max_seqlen_k)
 
     def like_this(self, batch_size: int, max_seqlen_k: int) -> ResolvedCall | None:
         """The same for other sizes, without planning anew; None where that changes more than the sizes."""
-        plan = plan_like(self.plan, self.problem, batch_size, max_seqlen_k)
-        if plan is None:
+        root = self.root
+        if not sizes_alone_differ(root.plan, root.problem, batch_size, max_seqlen_k):
             return None
-        problem = unchecked_replace(self.problem, batch_size=batch_size, max_seqlen_k=max_seqlen_k)
-        made = ResolvedCall(problem, plan)
-        made._like = self
+        made = object.__new__(ResolvedCall)
+        made.batch_size, made.max_seqlen_k, made.size = batch_size, max_seqlen_k, root.plan.layout.size_for(batch_size)
+        made.root, made._launch = root, None
         return made
 
     def write(self, tensors: LengthTensors, out: torch.Tensor) -> None:
@@ -50,11 +68,20 @@ class ResolvedCall:
 
     def launch(self, tensors: LengthTensors, out: torch.Tensor) -> None:
         """By the Triton kernel: one launch on the current stream. Raises `RuntimeError` where it cannot run."""
-        kernels = load_launch(out.device)
-        if self._launch is None:
-            like = None if self._like is None else self._like._launch
-            self._launch = kernels.metadata_launch(self.problem, self.plan, like)
-        on_device(out.device, self._launch, (out,), tensors.pointers())
+        launch = self._launch
+        if launch is None:
+            launch = self._launch = self._make_launch(load_launch(out.device))
+        on_device(out.device, launch, (out,), tensors.pointers())
+
+    def _make_launch(self, kernels: Any) -> Launch:
+        root = self.root
+        shape = kernels.launch_shape_of([root.plan], self.batch_size, root.problem.gpu)
+        like = root._launches.get(shape)
+        if like is not None:
+            return like.for_batch(self.batch_size)
+        made: Launch = kernels.metadata_launch(self.problem, self.plan)
+        root._launches[shape] = made
+        return made
 
     def repeat(self, tensors: LengthTensors, out: torch.Tensor) -> Callable[[], bool] | None:
         """`launch` of the same again; None before the first. It answers whether it could: see Launch.repeat."""

@@ -183,7 +183,7 @@ def _find_or_make(scope: _Scope, asked: ForwardCall, rules: FA3Rules, chosen: Sc
     if made is None or layer in made.layers:
         tensors.check(problem.batch_size)
         resolved = resolve(problem, rules)
-        metadata = torch.empty(resolved.plan.layout.size, dtype=torch.int32, device=asked.device)
+        metadata = torch.empty(resolved.size, dtype=torch.int32, device=asked.device)
         resolved.write(tensors, metadata)
         made = scope.made[key] = _Made(resolved.plan, metadata, inputs)
     made.layers.add(layer)

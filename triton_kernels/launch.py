@@ -54,27 +54,32 @@ class Launch:
     """
 
     def __init__(
-        self, function: Any, grid: tuple[int, int, int], numbers: tuple[int | float, ...], constants: dict[str, Any],
-        kind: tuple[Any, ...], balanced: bool, arch: int,
+        self, function: Any, problem: Problem, plans: Sequence[LaunchPlan], batch_size: int,
+        numbers: tuple[int | float, ...], constants: dict[str, Any],
     ) -> None:  # fmt: skip
-        self.kind = kind  # slice, group, warps, how splits are found, whether short: what may change with the sizes
+        """`numbers` are the kernel's arguments after the batch size, `constants` those that are not the shape's."""
+        self._slice, group, num_warps = launch_shape_of(plans, batch_size, problem.gpu)
+        self._layer_groups, self._numbers = len(plans), numbers
+        self._batch_size, self._grid = batch_size, _grid(batch_size, self._slice, len(plans))
         # Programmatic dependent launch: programs start while the kernel before ends, and wait for its end themselves.
         # That kernel must have waited for those before it, as FA3's do.
-        early = arch >= 90 and not INTERPRETED and kernel.CAN_START_EARLY and os.environ.get(EARLY_VARIABLE, "1") != "0"
-        self._function, self._grid, self._numbers, self._early = function, grid, numbers, early
-        self._batch_size = int(numbers[0])
-        self._constants = constants | {"EARLY": early}
-        self._options: dict[str, Any] = {"num_warps": kind[2]}
+        early = problem.arch >= 90 and not INTERPRETED and kernel.CAN_START_EARLY
+        early = early and os.environ.get(EARLY_VARIABLE, "1") != "0"
+        self._function, self._early = function, early
+        # in the order of the kernel's parameters
+        self._constants = constants | {"CONTIGUOUS": None, "EARLY": early, "SLICE": self._slice, "GROUP": group}
+        self._options: dict[str, Any] = {"num_warps": num_warps}
         if early:
             self._options["launch_pdl"] = True
-        if balanced:  # the NumPy model rounds after every operation
+        if any(plan.costs is not None for plan in plans):  # the NumPy model rounds after every operation
             self._options["enable_fp_fusion"] = False
         self._launches: dict[tuple[Any, ...], DriverLaunch] = {}
 
-    def for_batch(self, batch_size: int, grid: tuple[int, int, int]) -> Launch:
-        """The same kernel for another batch size."""
+    def for_batch(self, batch_size: int) -> Launch:
+        """The same kernel for another batch size, for which `launch_shape_of` answers the same."""
         made = object.__new__(Launch)
-        vars(made).update(vars(self), _batch_size=batch_size, _grid=grid, _numbers=(batch_size, *self._numbers[1:]))
+        vars(made).update(vars(self))
+        made._batch_size, made._grid = batch_size, _grid(batch_size, self._slice, self._layer_groups)
         return made
 
     def __call__(self, pointers: tuple[torch.Tensor, ...], lengths: LengthPointers) -> None:
@@ -87,8 +92,8 @@ class Launch:
                 return
         contiguous = key[1]
         strides = _UNIT_STRIDES if contiguous else tuple(1 if t is None else t.stride(0) for t in lengths)
-        constants = self._constants | {"CONTIGUOUS": contiguous}  # in the order of the kernel's parameters
-        made = self._function[self._grid](*pointers, *lengths, *strides, *self._numbers, **constants, **self._options)
+        numbers, constants = (self._batch_size, *self._numbers), self._constants | {"CONTIGUOUS": contiguous}
+        made = self._function[self._grid](*pointers, *lengths, *strides, *numbers, **constants, **self._options)
         _compiled[self._identity(key)] = made
 
     def repeat(self, pointers: tuple[torch.Tensor, ...], lengths: LengthPointers) -> Callable[[], bool] | None:
@@ -118,7 +123,8 @@ class Launch:
         constants = {name: value for name, value in self._constants.items() if name != "SLICE"}
         options = {name: value for name, value in self._options.items() if name != "num_warps"}
         launch = tuner[lambda chosen: _grid(self._batch_size, chosen["SLICE"], 1)]
-        launch(*pointers, *lengths, *_UNIT_STRIDES, *self._numbers, **constants | {"CONTIGUOUS": True}, **options)
+        numbers, constants = (self._batch_size, *self._numbers), constants | {"CONTIGUOUS": True}
+        launch(*pointers, *lengths, *_UNIT_STRIDES, *numbers, **constants, **options)
         return {(one.kwargs["SLICE"], one.num_warps): times[0] for one, times in tuner.configs_timings.items()}
 
     def _driver_launch(
@@ -128,13 +134,14 @@ class Launch:
         made, contiguous = _compiled.get(self._identity(key)), key[1]
         if made is None or not contiguous or not can_launch(made):
             return None
-        found = _driver_launches.get((made, self._numbers[1:]))
+        found = _driver_launches.get((made, self._numbers))
         if found is None:
             if len(_driver_launches) >= _MOST_DRIVER_LAUNCHES:
                 _driver_launches.clear()
             num_pointers = sum(t is not None for t in (*pointers, *lengths))
-            found = DriverLaunch(made, num_pointers, _UNIT_STRIDES, self._numbers, self._early)
-            _driver_launches[made, self._numbers[1:]] = found
+            numbers = (self._batch_size, *self._numbers)
+            found = DriverLaunch(made, num_pointers, _UNIT_STRIDES, numbers, self._early)
+            _driver_launches[made, self._numbers] = found
         self._launches[key] = found
         return found
 
@@ -149,43 +156,34 @@ _driver_launches: dict[tuple[Any, tuple[int | float, ...]], DriverLaunch] = {}
 _MOST_DRIVER_LAUNCHES = 1024
 
 
-def metadata_launch(problem: Problem, plan: LaunchPlan, like: Launch | None = None) -> Launch:
-    """The launch that writes one plan's metadata; called with (out,) and the lengths.
+def launch_shape_of(plans: Sequence[LaunchPlan], batch_size: int, gpu: str) -> tuple[int, int, int]:
+    """`launch_shape` for a batch of these plans. Where only sizes differ, it decides which kernel is launched."""
+    is_sorted, balanced = False, False
+    for plan in plans:
+        is_sorted, balanced = is_sorted or plan.layout.is_sorted, balanced or plan.costs is not None
+    return launch_shape(batch_size, is_sorted, balanced, gpu)
 
-    `like` is that of the same plan for another batch size or max_seqlen_k; what can be shared need not be made again.
+
+def metadata_launch(problem: Problem, plan: LaunchPlan) -> Launch:
+    """The launch that writes one plan's metadata; called with (out,) and the lengths.
 
     `out` is int32, contiguous, of at least `plan.layout.size` elements; lengths are on its device. A call reads nothing
     back, allocates nothing and does not synchronise. CPU tensors need Triton's interpreter (TRITON_INTERPRET=1 before
     triton is imported).
     """
-    batch_size = plan.layout.batch_size
-    slice_, group, num_warps = launch_shape(batch_size, plan.layout.is_sorted, plan.costs is not None, problem.gpu)
-    grid = _grid(batch_size, slice_, 1)
-    kind = (slice_, group, num_warps, _splits_constant(plan), plan.is_short)
-    if like is not None and like.kind == kind:
-        return like.for_batch(batch_size, grid)
-    numbers = (batch_size, problem.max_seqlen_q, problem.max_seqlen_k_new, *_numbers(plan))
-    constants = {"LAYOUT": layout_constants(plan), "CONTIGUOUS": None, "EARLY": None, "SLICE": slice_, "GROUP": group}
-    balanced = plan.costs is not None
-    return Launch(prepare_varlen_num_blocks_kernel, grid, numbers, constants, kind, balanced, problem.arch)
+    numbers = (problem.max_seqlen_q, problem.max_seqlen_k_new, *_numbers(plan))
+    constants = {"LAYOUT": layout_constants(plan)}
+    return Launch(prepare_varlen_num_blocks_kernel, problem, [plan], plan.layout.batch_size, numbers, constants)
 
 
-def layer_groups_launch(problem: Problem, plans: Sequence[LaunchPlan], like: Launch | None = None) -> Launch:
+def layer_groups_launch(problem: Problem, plans: Sequence[LaunchPlan]) -> Launch:
     """The same for several plans at once; called with (out, table), where `table` is `layer_groups_table(...)`.
 
     The plans share batch size, query length and appended keys, which are taken from `problem`.
     """
-    batch_size = problem.batch_size
-    any_sorted, balanced = any(plan.layout.is_sorted for plan in plans), any(plan.costs is not None for plan in plans)
-    slice_, group, num_warps = launch_shape(batch_size, any_sorted, balanced, problem.gpu)
-    grid = _grid(batch_size, slice_, len(plans))
-    kind = (slice_, group, num_warps, *((_splits_constant(plan), plan.is_short) for plan in plans))
-    if like is not None and like.kind == kind:
-        return like.for_batch(batch_size, grid)
-    numbers = (batch_size, problem.max_seqlen_q, problem.max_seqlen_k_new)
-    layouts = tuple(map(layout_constants, plans))
-    constants = {"LAYOUTS": layouts, "CONTIGUOUS": None, "EARLY": None, "SLICE": slice_, "GROUP": group}
-    return Launch(prepare_layer_groups_kernel, grid, numbers, constants, kind, balanced, problem.arch)
+    numbers = (problem.max_seqlen_q, problem.max_seqlen_k_new)
+    constants = {"LAYOUTS": tuple(map(layout_constants, plans))}
+    return Launch(prepare_layer_groups_kernel, problem, plans, problem.batch_size, numbers, constants)
 
 
 def layer_groups_table(plans: Sequence[LaunchPlan], starts: Sequence[int]) -> torch.Tensor:

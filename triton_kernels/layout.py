@@ -47,7 +47,11 @@ class MetadataLayout:
     @property
     def size(self) -> int:
         """Elements in the tensor."""
-        return len(self.row_names) * self.row_stride + self.has_semaphore
+        return self.size_for(self.batch_size)
+
+    def size_for(self, batch_size: int) -> int:
+        """Elements in the tensor of another batch that has the same rows."""
+        return len(self.row_names) * padded(batch_size) + self.has_semaphore
 
     @property
     def rows(self) -> dict[str, slice]:

@@ -151,25 +151,36 @@ def make_plan(problem: Problem, rules: FA3Rules) -> LaunchPlan:
     )
 
 
-def plan_like(plan: LaunchPlan, problem: Problem, batch_size: int, max_seqlen_k: int) -> LaunchPlan | None:
-    """`plan` of `problem` for another batch size and max_seqlen_k; None where more than that would change."""
-    same_side = (batch_size > MAX_DYNAMIC_SPLIT_BATCH) == (problem.batch_size > MAX_DYNAMIC_SPLIT_BATCH)
-    if not same_side or (plan.costs is not None and not problem.num_splits):  # whose bound depends on the batch size
-        return None
-    changes: dict[str, object] = {"layout": unchecked_replace(plan.layout, batch_size=batch_size)}
-    if max_seqlen_k != problem.max_seqlen_k:
-        if problem.arch < 90 or problem.window_size != (-1, -1) or problem.attention_chunk:
-            return None
-        p = unchecked_replace(problem, max_seqlen_k=max_seqlen_k)
-        is_causal, is_local, window = _normalise_mask(p)
-        if not problem.num_splits:
-            blocks = plan.num_sms, plan.block_m, plan.block_n
-            num_splits, reason = _resolve_num_splits(p, *blocks, is_causal, is_local, window)
-            if num_splits != plan.num_splits:
-                return None
-            changes["num_splits_reason"] = reason
-        changes |= {"window_size": window, "is_short": _is_short(p, plan.block_m, plan.block_n)}
-    return unchecked_replace(plan, **changes)
+def sizes_alone_differ(plan: LaunchPlan, problem: Problem, batch_size: int, max_seqlen_k: int) -> bool:
+    """Whether the plan of `problem` is that of another batch size and max_seqlen_k, too, but for these two."""
+    if (batch_size > MAX_DYNAMIC_SPLIT_BATCH) != (problem.batch_size > MAX_DYNAMIC_SPLIT_BATCH):
+        return False
+    if plan.costs is not None and not problem.num_splits:  # a bound that depends on the batch size
+        return False
+    if max_seqlen_k == problem.max_seqlen_k:
+        return True
+    if problem.arch < 90 or problem.window_size != (-1, -1) or problem.attention_chunk:
+        return False
+    p = unchecked_replace(problem, max_seqlen_k=max_seqlen_k)
+    if _is_short(p, plan.block_m, plan.block_n) != plan.is_short:
+        return False
+    return bool(problem.num_splits) or _num_splits_like(plan, p)[0] == plan.num_splits
+
+
+def plan_like(plan: LaunchPlan, problem: Problem, batch_size: int, max_seqlen_k: int) -> LaunchPlan:
+    """The plan for other sizes where `sizes_alone_differ`."""
+    p = unchecked_replace(problem, max_seqlen_k=max_seqlen_k)
+    return unchecked_replace(
+        plan,
+        layout=unchecked_replace(plan.layout, batch_size=batch_size),
+        window_size=_normalise_mask(p)[2],
+        num_splits_reason=plan.num_splits_reason if problem.num_splits else _num_splits_like(plan, p)[1],
+    )
+
+
+def _num_splits_like(plan: LaunchPlan, p: Problem) -> tuple[int, str]:
+    """The bound on splits of a problem with no window whose plan is otherwise `plan`."""
+    return _resolve_num_splits(p, plan.num_sms, plan.block_m, plan.block_n, plan.is_causal, plan.is_local, (0, 0))
 
 
 def _is_short(p: Problem, block_m: int, block_n: int) -> bool:
@@ -249,7 +260,7 @@ def _resolve_num_splits(
     total_m_blocks = p.num_heads_k * num_m_blocks
     kv_head_bytes = _int32(p.max_seqlen_k * (p.headdim + p.value_headdim) * p.element_size)
 
-    if np.float32(total_m_blocks) >= np.float32(0.8) * np.float32(num_sms):
+    if total_m_blocks >= _enough_tiles(num_sms):
         if kv_head_bytes > _L2_BYTES_FOR_SPLITS and num_m_blocks >= 2 * num_sms and not (is_causal or is_local):
             splits = min(-(-kv_head_bytes // _L2_BYTES_FOR_SPLITS), _MAX_HEURISTIC_SPLITS)
             return splits, "one KV head does not fit in L2 and many query blocks read it"
@@ -258,6 +269,12 @@ def _resolve_num_splits(
         return 1, f"at most {num_n_blocks} key blocks are not worth splitting"
     splits = _most_efficient_splits(total_m_blocks, num_sms, min(_MAX_HEURISTIC_SPLITS, num_sms, num_n_blocks))
     return splits, f"smallest number within 85 % of the best wave efficiency of {total_m_blocks} tiles on {num_sms} SMs"
+
+
+@lru_cache(maxsize=256)
+def _enough_tiles(num_sms: int) -> float:
+    """80 % of the SMs, in FA3's float32."""
+    return float(np.float32(0.8) * np.float32(num_sms))
 
 
 def _keys_read(p: Problem, block_m: int, is_local: bool, window: tuple[int, int]) -> int:
