@@ -151,8 +151,7 @@ class MetadataPlans:
                 name: torch.zeros(batch_size + name.startswith("cu_"), dtype=dtype, device=self._buffer.device)
                 for name in ("cache_seqlens", *self.plans[0].varying)
             }
-            for _ in range(2):  # Triton's launch, then ours
-                self.update(**lengths)
+            self.update(**lengths)
         self._step = None
         self._again.clear()
 

@@ -17,6 +17,7 @@ import fa3_metadata
 import pytest
 import torch
 import torch._dynamo.testing
+import triton
 from fa3_metadata.resolved import resolve
 from fa3_metadata.triton_kernels import driver, launch
 
@@ -107,27 +108,27 @@ def test_few_kernels_serve_many_problems(monkeypatch: pytest.MonkeyPatch) -> Non
     assert 6 <= len(constants) <= 13
 
 
-class Made:
-    """In a compiled kernel's place."""
+class Compiled:
+    """In a kernel's place: keeps what it is compiled for, and what it is launched with through Triton, by name."""
 
-    function = 4711
+    name, asm = "kernel", {"cubin": b"code"}
     metadata = SimpleNamespace(num_warps=2, shared=96)
-
-
-class CompilesOnce:
-    """In a kernel's place: keeps what its compiling launches are given, by name."""
 
     def __init__(self, names: list[str]) -> None:
         self.names = names
-        self.launches: list[dict[str, Any]] = []
+        self.compiled: list[dict[str, Any]] = []
+        self.launched: list[dict[str, Any]] = []
+
+    def warmup(self, *args: Any, grid: tuple[int, int, int], **named: Any) -> Compiled:
+        self.compiled.append(self.by_name(args, grid, named))
+        return self
 
     def __getitem__(self, grid: tuple[int, int, int]) -> Any:
-        def compile_and_launch(*args: Any, **named: Any) -> Made:
-            constants = {name: value for name, value in named.items() if name.isupper()}  # not Triton's options
-            self.launches.append(dict(zip(self.names, args, strict=False)) | constants | {"grid": grid})
-            return Made()
+        return lambda *args, **named: self.launched.append(self.by_name(args, grid, named))
 
-        return compile_and_launch
+    def by_name(self, args: tuple[Any, ...], grid: tuple[int, int, int], named: dict[str, Any]) -> dict[str, Any]:
+        constants = {name: value for name, value in named.items() if name.isupper()}  # not Triton's options
+        return dict(zip(self.names, args, strict=False)) | constants | {"grid": grid}
 
 
 class Driver:
@@ -158,7 +159,6 @@ def test_driver_launches_are_given_what_the_first_one_was(
     groups: int, policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The path past Triton's own launch, which only a GPU takes otherwise: every argument in its place."""
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 5, raising=False)
     lengths = torch.arange(40, dtype=torch.int32)
     out, table = torch.empty(900, dtype=torch.int32), torch.empty(99, dtype=torch.int32)
     _, problem, _, plan = fa3_metadata.api.plan_call(arguments(lengths, BUILDS[0]) | {"policy": policy})
@@ -167,19 +167,26 @@ def test_driver_launches_are_given_what_the_first_one_was(
     else:
         made, kernel = launch.layer_groups_launch(problem, [plan] * 2), launch.prepare_layer_groups_kernel
     pointers = (out, table)[:groups]
-    fake = CompilesOnce(list(inspect.signature(kernel.fn).parameters))
+    fake = Compiled(list(inspect.signature(kernel.fn).parameters))
+    loaded = []
+    utils = SimpleNamespace(load_binary=lambda *code: loaded.append(code) or ("module", 4711, 30, 0, 1024))
     monkeypatch.setattr(made, "_function", fake)
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=SimpleNamespace(utils=utils)))
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 5, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: lengths.device.index, raising=False)
+    cuda: Any = None
+    monkeypatch.setattr(driver, "_launch_function", lambda: cuda or (lambda *_: 201))  # no context yet
     made(pointers, (lengths, None, None, None, None))
-    (first,) = fake.launches
+    (first,) = fake.compiled
+    assert fake.launched == [first]  # through Triton, which makes the context
     cuda = Driver(first)
-    monkeypatch.setattr(driver, "_launch_function", lambda: cuda)
     for _ in range(2):
         made(pointers, (lengths, None, None, None, None))
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: lengths.device.index, raising=False)
     again = made.repeat(pointers, (lengths, None, None, None, None))
     assert again is not None
     assert [again(), again()] == [True, True]
-    assert len(fake.launches) == 1
+    assert loaded == [("kernel", b"code", 96, lengths.device.index)]  # once
     for read in cuda.seen:
         for name, value in read.items():
             wanted = first[name]
@@ -188,7 +195,14 @@ def test_driver_launches_are_given_what_the_first_one_was(
     assert len(cuda.seen) == 4
     strided = torch.arange(120, dtype=torch.int32)[::3]  # through Triton
     made(pointers, (strided, None, None, None, None))
-    assert (fake.launches[1]["CONTIGUOUS"], fake.launches[1]["stride_0"]) == (False, 3)
+    assert (fake.launched[1]["CONTIGUOUS"], fake.launched[1]["stride_0"]) == (False, 3)
+    assert len(fake.compiled) == 1
+
+
+@pytest.mark.parametrize("wrong", [{"num_ctas": 2}, {"global_scratch_size": 8}, {"launch_cooperative_grid": True}])
+def test_kernels_that_need_more_are_left_to_triton(wrong: dict[str, Any]) -> None:
+    metadata = SimpleNamespace(num_warps=2, shared=96, **wrong)
+    assert driver.load(SimpleNamespace(name="kernel", asm={"cubin": b"code"}, metadata=metadata), 0) is None
 
 
 SHARING: tuple[dict[str, Any], ...] = (

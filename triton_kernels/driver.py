@@ -11,6 +11,7 @@ import ctypes
 import struct
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -32,10 +33,10 @@ class _Config(ctypes.Structure):
 
 
 class DriverLaunch:
-    """A kernel with all numbers but the batch size; `made` is what Triton compiled.
+    """A kernel with all numbers but the batch size.
 
     Args:
-        made: the compiled kernel.
+        made: the kernel.
         num_pointers: how many pointers the kernel takes, before all numbers.
         strides: numbers before the batch size.
         numbers: the batch size, which each call replaces, and the numbers after it; int for int32 and float for
@@ -44,10 +45,10 @@ class DriverLaunch:
     """
 
     def __init__(
-        self, made: Any, num_pointers: int, strides: Sequence[int], numbers: Sequence[int | float], early: bool
+        self, made: LoadedKernel, num_pointers: int, strides: Sequence[int], numbers: Sequence[int | float], early: bool
     ) -> None:
         self._made_of = made, num_pointers, strides, numbers, early
-        self._function: int = made.function
+        self._function = made.function
         self._pointers = (ctypes.c_uint64 * num_pointers)()
         words = (*strides, *numbers)
         formats = "".join("f" if isinstance(word, float) else "i" for word in words)
@@ -63,9 +64,8 @@ class DriverLaunch:
         ]  # fmt: skip
         self._parameters = (ctypes.c_void_p * len(addresses))(*addresses)
         self._attribute = _Attribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
-        threads, shared_bytes = 32 * made.metadata.num_warps, made.metadata.shared
         self._config = _Config(
-            1, 1, 1, threads, 1, 1, shared_bytes, None, ctypes.pointer(self._attribute), int(early)
+            1, 1, 1, 32 * made.num_warps, 1, 1, made.shared_bytes, None, ctypes.pointer(self._attribute), int(early)
         )  # fmt: skip
         self._where = ctypes.addressof(self._config), ctypes.addressof(self._parameters)
         self._by_stream: dict[int, int] = {}  # the address of its config
@@ -109,16 +109,26 @@ def _launched(error: int) -> bool:
     return not error
 
 
-def can_launch(made: Any) -> bool:
-    """Whether `made` is a kernel that DriverLaunch knows how to launch."""
-    metadata = getattr(made, "metadata", None)
-    return (
-        metadata is not None
-        and not getattr(metadata, "global_scratch_size", 0)
-        and not getattr(metadata, "profile_scratch_size", 0)
-        and getattr(metadata, "num_ctas", 1) == 1
-        and not getattr(metadata, "launch_cooperative_grid", False)
-    )
+@dataclass(frozen=True, eq=False)
+class LoadedKernel:
+    """A compiled kernel on a device, as the driver knows it. It stays loaded."""
+
+    function: int
+    num_warps: int
+    shared_bytes: int
+
+
+def load(made: Any, device: int) -> LoadedKernel | None:
+    """What Triton compiled, on the device; None where it is not a kernel that DriverLaunch knows how to launch."""
+    metadata = made.metadata
+    scratch = getattr(metadata, "global_scratch_size", 0) or getattr(metadata, "profile_scratch_size", 0)
+    several = getattr(metadata, "num_ctas", 1) != 1 or getattr(metadata, "launch_cooperative_grid", False)
+    if scratch or several or "cubin" not in made.asm:
+        return None
+    from triton.runtime import driver
+
+    _module, function, *_ = driver.active.utils.load_binary(made.name, made.asm["cubin"], metadata.shared, device)
+    return LoadedKernel(function, metadata.num_warps, metadata.shared)
 
 
 @lru_cache(maxsize=1)

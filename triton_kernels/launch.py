@@ -17,7 +17,7 @@ import triton
 
 from . import kernel
 from .balance import Costs
-from .driver import DriverLaunch, can_launch
+from .driver import DriverLaunch, LoadedKernel, load
 from .kernel import TABLE_COLUMNS, prepare_layer_groups_kernel, prepare_varlen_num_blocks_kernel
 from .layout import padded
 from .plan import MAX_DYNAMIC_SPLIT_BATCH, LaunchPlan
@@ -49,8 +49,8 @@ def launch_shape(batch_size: int, is_sorted: bool, balanced: bool, gpu: str = DE
 class Launch:
     """A kernel with everything bound but the pointers, for one batch size.
 
-    A kernel is first launched through Triton, which compiles it; after that through the driver, past Triton's launch
-    hooks. Lengths that are not contiguous always go through Triton.
+    Triton compiles a kernel, which is then launched through the driver, past Triton's launch hooks and without the
+    launcher that Triton would have a C compiler build. Lengths that are not contiguous go through Triton's launch.
     """
 
     def __init__(
@@ -93,8 +93,7 @@ class Launch:
         contiguous = key[1]
         strides = _UNIT_STRIDES if contiguous else tuple(1 if t is None else t.stride(0) for t in lengths)
         numbers, constants = (self._batch_size, *self._numbers), self._constants | {"CONTIGUOUS": contiguous}
-        made = self._function[self._grid](*pointers, *lengths, *strides, *numbers, **constants, **self._options)
-        _compiled[self._identity(key)] = made
+        self._function[self._grid](*pointers, *lengths, *strides, *numbers, **constants, **self._options)
 
     def repeat(self, pointers: tuple[torch.Tensor, ...], lengths: LengthPointers) -> Callable[[], bool] | None:
         """The same launch again, or None where Triton has to launch.
@@ -130,9 +129,18 @@ class Launch:
     def _driver_launch(
         self, key: tuple[Any, ...], pointers: tuple[torch.Tensor, ...], lengths: LengthPointers
     ) -> DriverLaunch | None:
-        """The launch of a kernel that has been compiled for these tensors; None: Triton must launch."""
-        made, contiguous = _compiled.get(self._identity(key)), key[1]
-        if made is None or not contiguous or not can_launch(made):
+        """The launch of a kernel compiled for these tensors; None: Triton must launch."""
+        if INTERPRETED or not key[1]:  # contiguous
+            return None
+        identity = self._identity(key)
+        if identity in _loaded:
+            made = _loaded[identity]
+        else:
+            numbers, constants = (self._batch_size, *self._numbers), self._constants | {"CONTIGUOUS": True}
+            arguments = (*pointers, *lengths, *_UNIT_STRIDES, *numbers)
+            compiled = self._function.warmup(*arguments, grid=self._grid, **constants, **self._options)
+            made = _loaded[identity] = load(compiled, lengths[0].device.index)
+        if made is None:
             return None
         found = _driver_launches.get((made, self._numbers))
         if found is None:
@@ -150,8 +158,8 @@ class Launch:
         return (self._function, *self._constants.items(), *self._options.items(), *key)
 
 
-_compiled: dict[tuple[Any, ...], Any] = {}  # Launch._identity -> what Triton made
-# What Triton made, and all numbers but the batch size.
+_loaded: dict[tuple[Any, ...], LoadedKernel | None] = {}  # by Launch._identity; None: Triton must launch it
+# By the kernel, and all numbers but the batch size.
 _driver_launches: dict[tuple[Any, tuple[int | float, ...]], DriverLaunch] = {}
 _MOST_DRIVER_LAUNCHES = 1024
 
