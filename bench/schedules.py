@@ -6,6 +6,7 @@ Each workload is measured as FA3 without metadata (it makes its own in every lay
 "balanced", and with every uniform number of key blocks per split; the best of those is the oracle. All are captured
 into CUDA graphs of 12 layers with pages of their own, replayed in turns, with L2 overwritten before each replay
 outside the timed region. The timed region is a replay; the metadata is made outside of it except in the first case.
+What the metadata launch takes by either policy comes last: a call as a node of a CUDA graph of 20.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import fa3_metadata
@@ -28,12 +30,14 @@ from fa3_metadata.providers import load_forward
 from fa3_metadata.triton_kernels.plan import LaunchPlan, make_plan
 from fa3_metadata.triton_kernels.reference import Lengths, blocks_read, metadata_of_splits, sequence_blocks
 
+from .timing import graph_sampler, interleaved, summary
 from .workloads import SUITE, Workload
 
 PAGE, LAYERS = 64, 12
 POOL_BYTES = 300 << 20  # of KV that layers take turns in: well over L2
 PARTIAL_BYTES = 1 << 30  # the oracle's partial outputs are kept below
 PEAK_GB_S = 4800  # of an H200's memory, by its datasheet
+LAUNCHED = (1, 32, 64, 128, 256, 512, 992, 1024, 8192)  # sequences
 TOLERANCE = {"bfloat16": 0.02, "float8_e4m3fn": 0.05}  # relative, of the norm
 
 
@@ -216,6 +220,22 @@ def report(results: list[Result]) -> None:
         print(f"within 3 % of the oracle: {near} of {len(swept)}")
 
 
+def launch_times(device: str = "cuda") -> dict[int, dict[str, float]]:
+    """Microseconds of a metadata launch by policy, for decode over a paged cache of 8/1 heads, by batch size."""
+    found = {}
+    for batch in LAUNCHED:
+        lengths = torch.randint(1, 65537, (batch,), dtype=torch.int32, device=device)
+        samplers = {}
+        for policy in ("fa3", "balanced"):
+            plan = fa3_metadata.MetadataPlan(
+                max_batch_size=batch, max_seqlen_k=65536, num_heads=8, num_heads_k=1, headdim=128, page_size=PAGE,
+                causal=True, device=device, policy=policy,
+            )  # fmt: skip
+            samplers[policy] = graph_sampler(partial(plan.update, lengths))
+        found[batch] = {policy: summary(times)[1] for policy, times in interleaved(samplers).items()}
+    return found
+
+
 def write_csv(results: list[Result], path: pathlib.Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
@@ -249,6 +269,10 @@ def main(argv: list[str] | None = None) -> None:
         results.append(measure(w, forward, options.rounds, not options.no_sweep))
         torch.cuda.empty_cache()
     report(results)
+    if not options.only:
+        for batch, times in launch_times().items():
+            fa3, ours = times["fa3"], times["balanced"]
+            print(f"launch {batch} fa3 {fa3:.2f} balanced {ours:.2f} ratio {ours / fa3:.2f}")
     if options.csv:
         write_csv(results, options.csv)
 
