@@ -21,7 +21,7 @@ lint:  ## ruff and mypy on both packages
 	@.venv/bin/ruff format --check .
 	@rm -rf .venv/typed && mkdir -p .venv/typed && cp -r integration .venv/typed/fa3_metadata
 	@cp -r triton_kernels .venv/typed/fa3_metadata/  # the folders as the import names have them
-	@MYPYPATH=.venv/typed .venv/bin/mypy -p fa3_metadata
+	@MYPYPATH=.venv/typed .venv/bin/python -m mypy -p fa3_metadata
 
 environment:
 	@$(PYTHON) .ci/environment.py test

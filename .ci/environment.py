@@ -58,6 +58,8 @@ def main() -> None:
         install_cpu_torch()
     isolation = ["--no-build-isolation"] if shared and has(PYTHON, "setuptools") else []
     pip("install", "-q", *isolation, "-e", f"{ROOT}[{','.join(extras)}]")
+    if "lint" in extras and not (VENV / "bin" / "ruff").exists():  # it came with the torch, and its program is there
+        pip("install", "-q", "--ignore-installed", "--no-deps", "ruff")
     STAMP.write_text(stamp)
 
 
