@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import fields
 from functools import lru_cache
 from typing import Any
 
@@ -12,12 +10,12 @@ import torch
 
 from .arguments import LengthTensors, make_problem, output_tensor
 from .detect import detect_build
+from .known_calls import STATIC, KnownCalls, keep_calls, known_calls
 from .native import native_metadata
-from .resolved import ResolvedCall, resolve
 from .triton_kernels.builds import FA3Rules, rules_for
 from .triton_kernels.layout import MetadataLayout
 from .triton_kernels.plan import LaunchPlan, make_plan
-from .triton_kernels.problem import DEFAULT_PARTIAL_BYTES, POLICIES, Problem, checked_choice, checked_int
+from .triton_kernels.problem import DEFAULT_PARTIAL_BYTES, POLICIES, Problem, checked_choice
 
 BACKENDS = ("auto", "triton", "reference", "native")
 
@@ -130,26 +128,30 @@ def get_scheduler_metadata(
         torch.ops.fa3_metadata.get_scheduler_metadata_out(out, *operands)
         return out
     build, rules = resolve_build(build)
-    presence = (cu_seqlens_q is not None, seqused_q is not None, leftpad_k is not None)
-    static = (
-        batch_size, max_seqlen_q, max_seqlen_k, num_heads, num_heads_k, headdim, headdim_v, qkv_dtype, *presence,
-        page_size, max_seqlen_k_new, causal, window_size, attention_chunk, has_softcap, num_splits, pack_gqa, sm_margin,
-        arch, num_sms, policy, batch_invariant, max_partial_bytes,
-    )  # fmt: skip
     given = (cache_seqlens, cu_seqlens_q, cu_seqlens_k, cu_seqlens_k_new, seqused_q, leftpad_k)
-    call = None
-    if out is not None:
-        call, again = _seen(static, build, backend, given, out)
-        if again is not None and again[0]():
-            return out if out.shape[0] == again[1] else out[: again[1]]
-    checked_choice("policy", policy, POLICIES)
-    checked_choice("backend", backend, BACKENDS)
-    if backend == "native" and policy != "fa3":
-        raise ValueError(f'policy must be "fa3" for backend="native", got {policy!r}')
-    if cache_seqlens is None:
-        raise TypeError("cache_seqlens must be a tensor, got NoneType")
+    sizes = (batch_size, max_seqlen_k)
+    static = (  # in the order of STATIC
+        max_seqlen_q, num_heads, num_heads_k, headdim, headdim_v, qkv_dtype, cu_seqlens_q is not None,
+        seqused_q is not None, leftpad_k is not None, page_size, max_seqlen_k_new, causal, window_size, attention_chunk,
+        has_softcap, num_splits, pack_gqa, sm_margin, arch, num_sms, policy, batch_invariant, max_partial_bytes,
+    )  # fmt: skip
+    calls, key, again = None, None, None
+    try:
+        kind = (build, backend, cache_seqlens.device, static)
+        calls = known_calls(kind)
+        if calls is not None and out is not None:
+            key, again = calls.seen(sizes, given, out)
+    except (TypeError, AttributeError, RuntimeError):  # no tensor, one without memory, or a list for the window
+        kind = None
+    if again is not None and again[0]():
+        return out if out.shape[0] == again[1] else out[: again[1]]
     tensors = LengthTensors(*given)
-    resolved = _resolve(tensors, static, rules)
+    if calls is None:
+        _check_first(policy, backend, cache_seqlens)
+        calls = KnownCalls()
+        if kind is not None:
+            keep_calls(kind, calls)
+    resolved = calls.resolve(sizes, tensors, rules, static)
     out = output_tensor(out, resolved.size, cache_seqlens.device)
     if backend == "native":
         out.copy_(native_metadata(build, resolved.problem, tensors))
@@ -157,9 +159,19 @@ def get_scheduler_metadata(
         resolved.write_on_host(tensors, out)
     else:
         resolved.launch(tensors, out)
-        if call is not None:
-            _remember(call, resolved, tensors, out)
+        if key is not None:
+            calls.remember(key, resolved, tensors, out)
     return out
+
+
+def _check_first(policy: str, backend: str, cache_seqlens: Any) -> None:
+    """What Problem does not check."""
+    checked_choice("policy", policy, POLICIES)
+    checked_choice("backend", backend, BACKENDS)
+    if backend == "native" and policy != "fa3":
+        raise ValueError(f'policy must be "fa3" for backend="native", got {policy!r}')
+    if cache_seqlens is None:
+        raise TypeError("cache_seqlens must be a tensor, got NoneType")
 
 
 def metadata_layout(
@@ -214,7 +226,8 @@ def plan_call(
     tensors = None
     if arguments["cache_seqlens"] is not None:
         tensors = LengthTensors(**{name: arguments[name] for name in LengthTensors._fields})
-    static = {name: arguments[name] for name in _STATIC if name not in _PRESENCE}
+    names = ("batch_size", "max_seqlen_k", *STATIC)
+    static = {name: arguments[name] for name in names if name not in _PRESENCE}
     static |= {name: arguments[name.removeprefix("has_")] is not None for name in _PRESENCE}
     problem = make_problem(tensors, device=device, **static)
     rules = resolve_build(arguments["build"])[1]
@@ -242,72 +255,7 @@ def resolve_build(build: str | None) -> tuple[str, FA3Rules]:
 _rules_for = lru_cache(maxsize=64)(rules_for)
 
 
-_STATIC = tuple(field.name for field in fields(Problem) if field.name != "gpu")  # the order of `static` above
 _PRESENCE = ("has_cu_seqlens_q", "has_seqused_q", "has_leftpad_k")
-# Calls with `out`: the launch, and the layout's size. None: seen once, and whether it will come again is not known.
-_again: dict[tuple[Any, ...], tuple[Callable[[], bool], int] | None] = {}
-_MOST_AGAIN = 256
-_resolved: dict[tuple[Any, ...], ResolvedCall] = {}
-_some_resolved: dict[tuple[Any, ...], ResolvedCall] = {}  # whatever batch_size and max_seqlen_k
-_MOST_RESOLVED = 4096
-
-
-def _seen(static: tuple[Any, ...], build: str, backend: str, given: tuple[Any, ...], out: Any) -> tuple[Any, Any]:
-    """A key of all that a call depends on, its tensors by place and kind; and what `_again` has for it.
-
-    Such a call was checked the first time. (None, None): it has to be looked at whatever came before.
-    """
-    try:
-        key = (static, build, backend, _place(out), *[None if one is None else _place(one) for one in given])
-        return key, _again.get(key)
-    except (TypeError, AttributeError, RuntimeError):  # no tensor, one without memory, or a list for the window
-        return None, None
-
-
-def _remember(call: Any, resolved: ResolvedCall, tensors: LengthTensors, out: torch.Tensor) -> None:
-    if call not in _again:
-        if len(_again) >= _MOST_AGAIN:
-            _again.clear()
-        _again[call] = None
-    elif (launch := resolved.repeat(tensors, out)) is not None:
-        _again[call] = launch, resolved.size
-
-
-def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype  # an address tells the device, too
-
-
-def _resolve(tensors: LengthTensors, static: tuple[Any, ...], rules: FA3Rules) -> ResolvedCall:
-    """The checked call; remembered, so that the same call again costs a look-up and a check of the tensors."""
-    try:
-        key = (*static, rules, tensors.cache_seqlens.device)
-        found = _resolved.get(key)
-    except (TypeError, AttributeError):  # no tensor, or a list for the window: the slow path says what is wrong
-        key, found = None, None
-    if found is not None:
-        tensors.check(found.batch_size)
-        return found
-    like, made = None, None
-    if key is not None:
-        others = (key[1], *key[3:])  # all but batch_size and max_seqlen_k
-        like = _some_resolved.get(others)
-    if like is not None:
-        batch_size, max_seqlen_k = checked_int("batch_size", static[0], 0), checked_int("max_seqlen_k", static[2], 0)
-        tensors.check(batch_size)
-        made = like.like_this(batch_size, max_seqlen_k)
-    if made is None:
-        made = resolve(make_problem(tensors, **dict(zip(_STATIC, static, strict=True))), rules)
-    if key is not None:
-        _keep(_resolved, key, made)
-        if like is None or made.root is not like.root:
-            _keep(_some_resolved, others, made)
-    return made
-
-
-def _keep(known: dict[tuple[Any, ...], ResolvedCall], key: tuple[Any, ...], made: ResolvedCall) -> None:
-    if len(known) >= _MOST_RESOLVED:
-        known.clear()
-    known[key] = made
 
 
 _DEFAULTS = {

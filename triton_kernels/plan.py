@@ -101,11 +101,13 @@ def make_plan(problem: Problem, rules: FA3Rules) -> LaunchPlan:
     if p.num_splits:
         num_splits, splits_reason = p.num_splits, "given"
     else:
-        num_splits, splits_reason = _resolve_num_splits(p, num_sms, block_m, block_n, is_causal, is_local, window)
+        keys_read = _keys_read(p, block_m, is_local, window)
+        num_splits, splits_reason = _resolve_num_splits(
+            p, p.max_seqlen_k, keys_read, num_sms, block_m, block_n, is_causal or is_local
+        )
         if balanced:
             tiles = p.num_heads_k * -(-p.max_seqlen_q * group // block_m)
-            num_n_blocks = -(-_keys_read(p, block_m, is_local, window) // block_n)
-            num_splits = balanced_num_splits(p, tiles, num_n_blocks, num_sms, num_splits)
+            num_splits = balanced_num_splits(p, tiles, -(-keys_read // block_n), num_sms, num_splits)
             splits_reason = "what may pay, within max_partial_bytes"
     block_m, block_n = _tile(p, rules, flags | ({"split"} if num_splits > 1 else set()))
     pack_gqa, pack_reason = _resolve_pack_gqa(p, rules, block_m, num_splits, paged and not paged_kv_tma, is_local)
@@ -140,7 +142,7 @@ def make_plan(problem: Problem, rules: FA3Rules) -> LaunchPlan:
         costs=costs_of(p, _compiled_kernel(p, block_m, block_n)) if balanced else None,
         attention_chunk=p.attention_chunk,
         max_seqlen_q=p.max_seqlen_q,
-        is_short=_is_short(p, block_m, block_n),
+        is_short=_is_short(p, p.max_seqlen_k, block_m, block_n),
         layout=MetadataLayout(
             batch_size=p.batch_size,
             row_names=tuple(row for row, when in rules.rows if conditions[when]),
@@ -161,30 +163,31 @@ def sizes_alone_differ(plan: LaunchPlan, problem: Problem, batch_size: int, max_
         return True
     if problem.arch < 90 or problem.window_size != (-1, -1) or problem.attention_chunk:
         return False
-    p = unchecked_replace(problem, max_seqlen_k=max_seqlen_k)
-    if _is_short(p, plan.block_m, plan.block_n) != plan.is_short:
+    if _is_short(problem, max_seqlen_k, plan.block_m, plan.block_n) != plan.is_short:
         return False
-    return bool(problem.num_splits) or _num_splits_like(plan, p)[0] == plan.num_splits
+    return bool(problem.num_splits) or _num_splits_like(plan, problem, max_seqlen_k)[0] == plan.num_splits
 
 
 def plan_like(plan: LaunchPlan, problem: Problem, batch_size: int, max_seqlen_k: int) -> LaunchPlan:
     """The plan for other sizes where `sizes_alone_differ`."""
-    p = unchecked_replace(problem, max_seqlen_k=max_seqlen_k)
+    reason = plan.num_splits_reason if problem.num_splits else _num_splits_like(plan, problem, max_seqlen_k)[1]
     return unchecked_replace(
         plan,
         layout=unchecked_replace(plan.layout, batch_size=batch_size),
-        window_size=_normalise_mask(p)[2],
-        num_splits_reason=plan.num_splits_reason if problem.num_splits else _num_splits_like(plan, p)[1],
+        window_size=_normalise_mask(unchecked_replace(problem, max_seqlen_k=max_seqlen_k))[2],
+        num_splits_reason=reason,
     )
 
 
-def _num_splits_like(plan: LaunchPlan, p: Problem) -> tuple[int, str]:
-    """The bound on splits of a problem with no window whose plan is otherwise `plan`."""
-    return _resolve_num_splits(p, plan.num_sms, plan.block_m, plan.block_n, plan.is_causal, plan.is_local, (0, 0))
+def _num_splits_like(plan: LaunchPlan, problem: Problem, max_seqlen_k: int) -> tuple[int, str]:
+    """The bound on splits where `plan` is that of `problem` but for max_seqlen_k, and there is no window."""
+    return _resolve_num_splits(
+        problem, max_seqlen_k, max_seqlen_k, plan.num_sms, plan.block_m, plan.block_n, plan.is_causal or plan.is_local
+    )
 
 
-def _is_short(p: Problem, block_m: int, block_n: int) -> bool:
-    longest = max(p.max_seqlen_k + p.max_seqlen_k_new, p.max_seqlen_q * p.q_heads_per_kv_head)
+def _is_short(p: Problem, max_seqlen_k: int, block_m: int, block_n: int) -> bool:
+    longest = max(max_seqlen_k + p.max_seqlen_k_new, p.max_seqlen_q * p.q_heads_per_kv_head)
     return longest + block_m + block_n < 2**24
 
 
@@ -251,17 +254,16 @@ def _tile(p: Problem, rules: FA3Rules, flags: frozenset[str]) -> tuple[int, int]
 
 
 def _resolve_num_splits(
-    p: Problem, num_sms: int, block_m: int, block_n: int, is_causal: bool, is_local: bool, window: tuple[int, int]
+    p: Problem, max_seqlen_k: int, keys_read: int, num_sms: int, block_m: int, block_n: int, is_masked: bool
 ) -> tuple[int, str]:
     """FA3's upper bound on splits, and why: as if the batch were one sequence of the largest length."""
-    loaded = _keys_read(p, block_m, is_local, window)
     num_m_blocks = -(-p.max_seqlen_q * p.q_heads_per_kv_head // block_m)
-    num_n_blocks = -(-loaded // block_n)
+    num_n_blocks = -(-keys_read // block_n)
     total_m_blocks = p.num_heads_k * num_m_blocks
-    kv_head_bytes = _int32(p.max_seqlen_k * (p.headdim + p.value_headdim) * p.element_size)
+    kv_head_bytes = _int32(max_seqlen_k * (p.headdim + p.value_headdim) * p.element_size)
 
     if total_m_blocks >= _enough_tiles(num_sms):
-        if kv_head_bytes > _L2_BYTES_FOR_SPLITS and num_m_blocks >= 2 * num_sms and not (is_causal or is_local):
+        if kv_head_bytes > _L2_BYTES_FOR_SPLITS and num_m_blocks >= 2 * num_sms and not is_masked:
             splits = min(-(-kv_head_bytes // _L2_BYTES_FOR_SPLITS), _MAX_HEURISTIC_SPLITS)
             return splits, "one KV head does not fit in L2 and many query blocks read it"
         return 1, f"{total_m_blocks} tiles fill 80 % of {num_sms} SMs"
