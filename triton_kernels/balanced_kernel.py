@@ -9,9 +9,10 @@ import triton
 import triton.language as tl
 
 from .balance import NUM_CANDIDATES
-from .blocks import cdiv
+from .blocks import cdiv, num_blocks
 
 CANDIDATES = tl.constexpr(NUM_CANDIDATES)
+HALF = tl.constexpr(NUM_CANDIDATES // 2)
 WARP = tl.constexpr(32)
 ONE_WARP = tl.constexpr(64)  # the most sequences that one warp alone works on (launch_*.json)
 
@@ -29,49 +30,94 @@ def _block_cost(busy, alone):
 
 
 @triton.jit
-def _total_and_longest(total, longest, more, other):
-    return total + more, tl.maximum(longest, other)
+def fastest_blocks_per_split(
+    lengths, strides, group_start, group_end, shape, group_m, group_n, causal_saving, share, num_splits, num_heads,
+    tile, alone, split_cost, WINDOW: tl.constexpr, SHORT: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """reference._fastest_blocks_per_split: the key blocks of a split, for the sequences of a group.
+
+    `group_m`, `group_n` [GROUP]: query and key blocks of `lengths` from `group_start` to `group_end`.
+    """
+    model = (num_heads.to(tl.float32), share, num_splits, tile, alone, split_cost)
+    if GROUP <= ONE_WARP:
+        # [GROUP, CANDIDATES]. One number for three, made as wide as that (by adding zeros) before it is taken apart,
+        # means one exchange between threads and not one for all that follows. Meanwhile the first sums are made.
+        k = tl.arange(0, CANDIDATES)[None, :]
+        work = work_of(group_m, group_n, causal_saving)
+        wide = ((work.to(tl.int64) << 32) | (group_n * 16 + tl.minimum(group_m, 15)))[:, None] + (k & CANDIDATES)
+        c, size, load, longest = _candidates(k, tl.sum(work), tl.max(group_n), model, SHORT)
+        blocks, work = wide.to(tl.int32), (wide >> 32).to(tl.int32)
+        tiles, big = _tiles(blocks & 15, blocks >> 4, c, size)
+        big_work = tl.where(big, work, 0)
+        joined = tl.join(tl.join(tiles, tl.where(big, tiles, 0)), tl.join(big_work, big_work))
+        counts, big_work = tl.split(tl.sum(joined, axis=0, keep_dims=True))  # three sums in one reduction
+        all_tiles, big_tiles = tl.split(counts)
+        big_work, _ = tl.split(big_work)
+        key = _predicted(k, size, load, longest, all_tiles, big_tiles, big_work, model)
+        # The warp has every candidate in four of its threads, and an instruction for the least number of all of them.
+        key = tl.broadcast_to(key, (WARP // CANDIDATES, CANDIDATES))
+        return tl.max(tl.where(key == tl.min(key), c, 0))
+
+    # [HALF, GROUP // WARP, WARP]: each of four warps has two candidates, one of each half, and every sequence, which it
+    # reads itself, so that nothing is exchanged between warps but the answer.
+    k = tl.arange(0, HALF)[:, None, None]
+    j = tl.arange(0, GROUP // WARP)[None, :, None] * WARP + tl.arange(0, WARP)[None, None, :] + (k & HALF)
+    j += group_start
+    _, num_m, num_n = num_blocks(lengths, strides, j, j < group_end, shape, WINDOW)
+    work = work_of(num_m, num_n, causal_saving)
+    longest = tl.max(tl.max(num_n, axis=1, keep_dims=True), axis=2, keep_dims=True)
+    batch = (num_m, num_n, work, _of_all(work), longest)
+    return tl.min(tl.minimum(_key(k, batch, model, SHORT), _key(k + HALF, batch, model, SHORT))).to(tl.int32)
 
 
 @triton.jit
-def fastest_blocks_per_split(
-    num_m, num_n, work, causal_saving, share, num_splits, num_heads, tile, alone, split_cost, SHORT: tl.constexpr
-):
-    """reference._fastest_blocks_per_split: the key blocks of a split, for num_m, num_n and work [GROUP]."""
-    # [GROUP, CANDIDATES]. One number for three, made as wide as that (by adding zeros) before it is taken apart, means
-    # one exchange between threads and not one for all that follows. While it is under way, the first sums are made.
-    k = tl.arange(0, CANDIDATES)[None, :]
-    blocks = num_n * 16 + tl.minimum(num_m, 15)
-    wide = ((work.to(tl.int64) << 32) | blocks)[:, None] + (k & CANDIDATES)
+def _key(k, batch, model, SHORT: tl.constexpr):
+    """`_predicted` of candidates [HALF, 1, 1] in the upper half of an int64, and their key blocks of a split."""
+    num_m, num_n, work, total, longest = batch
+    c, size, load, longest = _candidates(k, total, longest, model, SHORT)
+    tiles, big = _tiles(num_m, num_n, c, size)
+    big_tiles, big_work = _of_all(tl.where(big, tiles, 0)), _of_all(tl.where(big, work, 0))
+    key = _predicted(k, size, load, longest, _of_all(tiles), big_tiles, big_work, model)
+    return (key.to(tl.int64) << 32) | c
 
-    heads = num_heads.to(tl.float32)
-    if num_n.shape[0] <= ONE_WARP:  # which has instructions for either
-        total, longest = tl.sum(work), tl.max(num_n)
-    else:  # within warps likewise, and one exchange between them
-        rows: tl.constexpr = (num_n.shape[0] // WARP, WARP)
-        totals, longests = tl.sum(tl.reshape(work, rows), axis=1), tl.max(tl.reshape(num_n, rows), axis=1)
-        total, longest = tl.reduce((totals, longests), 0, _total_and_longest)
+
+@triton.jit
+def _of_all(x):
+    """The sum over the sequences, for each candidate."""
+    return tl.sum(tl.sum(x, axis=1, keep_dims=True), axis=2, keep_dims=True)
+
+
+@triton.jit
+def _candidates(k, total, longest, model, SHORT: tl.constexpr):
+    """reference._candidates `k`: key blocks of a split; (as float32, tile cost added, reciprocal), load, longest."""
+    heads, share, num_splits, tile, _, _ = model
     load, longest = total.to(tl.float32) * heads * share, tl.maximum(longest, 1)
-    c = _candidates(k, load, longest, num_splits, SHORT)
+    spread = tl.where(k == CANDIDATES - 1, 96, 32 + 3 * k).to(tl.float32) * 0.015625
+    bounded = tl.minimum(load, 2097152.0)
+    c = 1 + k + _rounded(bounded * spread - 0.4995)
+    c = tl.where(k == 0, _rounded(bounded * 1.1 + 0.4995), c)
+    c = tl.maximum(tl.minimum(c, longest), cdiv(longest, num_splits, SHORT))
     size = c.to(tl.float32)
     longest_tile = size + tile
-    reciprocal = _reciprocal(size * longest_tile)
-    inverse = longest_tile * reciprocal
+    return c, (size, longest_tile, _reciprocal(size * longest_tile)), load, longest
 
-    # three sums over the batch in one reduction
-    blocks, wide_work = wide.to(tl.int32), (wide >> 32).to(tl.int32)
-    num_n, num_m = blocks >> 4, blocks & 15
-    tiles = num_m * tl.maximum(_rounded(num_n.to(tl.float32) * inverse + 0.4995), 1)
-    big = num_n * 2 > c
-    big_blocks = tl.where(big, wide_work, 0)
-    joined = tl.join(tl.join(tiles, tl.where(big, tiles, 0)), tl.join(big_blocks, big_blocks))
-    counts, big_blocks = tl.split(tl.sum(joined, axis=0, keep_dims=True))
-    all_tiles, big_tiles = tl.split(counts)
-    big_blocks, _ = tl.split(big_blocks)
 
+@triton.jit
+def _tiles(num_m, num_n, c, size):
+    """Work tiles of a head, and whether they are at least half as long as the longest."""
+    _, longest_tile, reciprocal = size
+    splits = _rounded(num_n.to(tl.float32) * (longest_tile * reciprocal) + 0.4995)
+    return num_m * tl.maximum(splits, 1), num_n * 2 > c
+
+
+@triton.jit
+def _predicted(k, size, load, longest, all_tiles, big_tiles, big_work, model):
+    """reference._predicted_time as an int32 that rises with it; the last three bits are the candidate's number."""
+    heads, share, _, tile, alone, split_cost = model
+    size, longest_tile, reciprocal = size
     average = load + tile * (all_tiles.to(tl.float32) * heads) * share
     big_tiles = big_tiles.to(tl.float32) * heads
-    big_cost = tl.maximum(big_blocks.to(tl.float32) * heads + tile * big_tiles, 1e-6)
+    big_cost = tl.maximum(big_work.to(tl.float32) * heads + tile * big_tiles, 1e-6)
     big_tiles = tl.maximum(big_tiles, 1.0)
     quotient = _reciprocal(big_tiles * big_cost)
     big_tile = big_cost * big_cost * quotient
@@ -81,12 +127,9 @@ def fastest_blocks_per_split(
     time = tl.where(filled >= 1.0, average, waves)
     busy = tl.minimum(average * (size * reciprocal), 1.0)
     time = tl.maximum(time, longest_tile * _block_cost(busy, alone))
-    time += longest.to(tl.float32) * inverse * split_cost
+    time += longest.to(tl.float32) * (longest_tile * reciprocal) * split_cost
     time = tl.where(k == 0, time, time * 1.01)
-    # A positive float's bits rise with it. Its last three make room for the candidate's number. A warp has every
-    # candidate in four of its threads, and an instruction for the least number of all of them.
-    key = tl.broadcast_to((time.to(tl.int32, bitcast=True) & -CANDIDATES) | k, (WARP // CANDIDATES, CANDIDATES))
-    return tl.max(tl.where(key == tl.min(key), c, 0))
+    return (time.to(tl.int32, bitcast=True) & -CANDIDATES) | k  # a positive float's bits rise with it
 
 
 @triton.jit
@@ -101,16 +144,6 @@ def _reciprocal(x):
 def _rounded(x):
     """A number under 2^22 rounded to an integer, in the mantissa of a large number: a conversion to int is slow."""
     return (x + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
-
-
-@triton.jit
-def _candidates(k, load, longest, num_splits, SHORT: tl.constexpr):
-    """reference._candidates: candidate `k` for the key blocks of a split."""
-    spread = tl.where(k == CANDIDATES - 1, 96, 32 + 3 * k).to(tl.float32) * 0.015625
-    load = tl.minimum(load, 2097152.0)
-    c = 1 + k + _rounded(load * spread - 0.4995)
-    c = tl.where(k == 0, _rounded(load * 1.1 + 0.4995), c)
-    return tl.maximum(tl.minimum(c, longest), cdiv(longest, num_splits, SHORT))
 
 
 @triton.jit
