@@ -4,10 +4,10 @@
 
 Each workload is measured as FA3 without metadata (it makes its own in every layer), with FA3's metadata, with policy
 "balanced", and with every uniform number of key blocks per split; the best of those is the oracle. All are captured
-into CUDA graphs of 12 layers with pages of their own, replayed in turns (the first three thrice as often), with L2
-overwritten before each replay outside the timed region. The timed region is a replay; the metadata is made outside of
-it except in the first case. What the metadata launch takes by either policy comes last: a call as a node of a CUDA
-graph of 20.
+into CUDA graphs of 32 layers with pages of their own, the first three thrice each: graphs of the same differ by up to
+1 %. They are replayed in turns, with L2 overwritten before each replay outside the timed region. The timed region is a
+replay; the metadata is made outside of it except in the first case. What the metadata launch takes by either policy
+comes last: a call as a node of a CUDA graph of 20.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from fa3_metadata.providers import load_forward
 from fa3_metadata.triton_kernels.plan import LaunchPlan, make_plan
 from fa3_metadata.triton_kernels.reference import Lengths, blocks_read, metadata_of_splits, sequence_blocks
 
-from .timing import graph_sampler, interleaved, summary
+from .timing import Captured, graph_sampler, interleaved, middle, summary
 from .workloads import SUITE, Workload
 
-PAGE, LAYERS = 64, 12
+PAGE, LAYERS = 64, 32
 POOL_BYTES = 300 << 20  # of KV that layers take turns in: well over L2
 PARTIAL_BYTES = 1 << 30  # the oracle's partial outputs are kept below
 PEAK_GB_S = 4800  # of an H200's memory, by its datasheet
-LAUNCHED = (1, 32, 64, 128, 256, 512, 992, 1024, 8192)  # sequences
+LAUNCHED = (1, 32, 64, 128, 192, 256, 512, 992, 1024, 8192)  # sequences
 COMPARED = ("none", "fa3", "balanced")
 TOLERANCE = {"bfloat16": 0.02, "float8_e4m3fn": 0.05}  # relative, of the norm
 
@@ -46,13 +46,13 @@ TOLERANCE = {"bfloat16": 0.02, "float8_e4m3fn": 0.05}  # relative, of the norm
 @dataclass
 class Result:
     workload: Workload
-    times: dict[str, list[float]]  # us a layer; "none", "fa3", "balanced" or key blocks per split
+    times: Captured  # us a layer; "none", "fa3", "balanced" or key blocks per split
     most_splits: dict[str, int]  # of any sequence, by policy
     num_splits: dict[str, int]
     floor: float  # us to read the KV once at the memory's peak bandwidth
 
     def median(self, variant: str) -> float:
-        return statistics.median(self.times[variant])
+        return middle(self.times[variant])
 
     @property
     def is_swept(self) -> bool:
@@ -154,34 +154,34 @@ def measure(w: Workload, forward: Callable[..., torch.Tensor], rounds: int, swee
     variants |= {policy: policy_variant(layers, policy) for policy in ("fa3", "balanced")}
     variants |= uniform_variants(layers, w) if sweep else {}
     flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-    expected, pool, graphs = None, torch.cuda.graph_pool_handle(), {}
+    expected, pool = None, torch.cuda.graph_pool_handle()
+    graphs: list[tuple[str, torch.cuda.CUDAGraph]] = []
     for name, more in variants.items():
         output = forward(**layers.call, page_table=layers.tables[0], **more).float()
         expected = output if expected is None else expected
         error = ((output - expected).norm() / expected.norm()).item()
         if not error < TOLERANCE[w.dtype]:
             raise RuntimeError(f"{w.name}: the output with schedule {name} is off by {error:.3g}")
-        graphs[name] = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graphs[name], pool=pool):
+    for name in (*variants, *COMPARED, *COMPARED):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
             for table in layers.tables:
-                forward(**layers.call, page_table=table, **more)
-        graphs[name].replay()
-    events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
-    swept = [name for name in graphs if name not in COMPARED]
-    half = len(swept) // 2
+                forward(**layers.call, page_table=table, **variants[name])
+        graph.replay()
+        graphs.append((name, graph))
+    events: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in graphs]
     for _ in range(rounds):
-        # what is compared comes thrice a round, for figures that hold in the next run, too
-        for name in (*COMPARED, *swept[:half], *COMPARED, *swept[half:], *COMPARED):
+        for (_, graph), timed in zip(graphs, events, strict=True):
             flush.add_(1)
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
-            graphs[name].replay()
+            graph.replay()
             end.record()
-            events.append((name, start, end))
+            timed.append((start, end))
         torch.cuda.synchronize()
-    times: dict[str, list[float]] = {name: [] for name in graphs}
-    for name, start, end in events:
-        times[name].append(start.elapsed_time(end) * 1000 / LAYERS)
+    times: Captured = {name: [] for name in variants}
+    for (name, _), timed in zip(graphs, events, strict=True):
+        times[name].append([start.elapsed_time(end) * 1000 / LAYERS for start, end in timed])
     bounds = {name: more.get("num_splits", 0) for name, more in variants.items()}
     return Result(w, times, _most_splits(layers), bounds, layers.kv_bytes / PEAK_GB_S / 1e3)
 
@@ -247,8 +247,9 @@ def write_csv(results: list[Result], path: pathlib.Path) -> None:
         rows = csv.writer(file)
         rows.writerow(["workload", "held_out", "schedule", "num_splits", "p20_us", "p50_us", "p80_us", "replays"])
         for r in results:
-            for name, times in r.times.items():
-                p20, p50, p80 = np.percentile(times, [20, 50, 80])
+            for name, captures in r.times.items():
+                times = [time for capture in captures for time in capture]
+                p20, p50, p80 = summary(times)
                 held, bound = int(r.workload.held_out), r.num_splits[name]
                 rows.writerow(
                     [r.workload.name, held, name, bound, f"{p20:.3f}", f"{p50:.3f}", f"{p80:.3f}", len(times)]
@@ -258,7 +259,7 @@ def write_csv(results: list[Result], path: pathlib.Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench schedules", description="FA3's schedules, ours, the best")
     parser.add_argument("--only", default="", help="workloads whose name contains this")
-    parser.add_argument("--rounds", type=int, default=15, help="timed replays of each graph, a third of those compared")
+    parser.add_argument("--rounds", type=int, default=8, help="timed replays of each graph")
     parser.add_argument("--no-sweep", action="store_true", help="leave out the oracle")
     parser.add_argument("--csv", type=pathlib.Path, help="write all times there")
     options = parser.parse_args(argv)

@@ -75,8 +75,8 @@ def _invariant_blocks(tile: float) -> int:
 def balanced_num_splits(problem: Problem, tiles_of_a_sequence: int, num_n_blocks: int, num_sms: int, fa3: int) -> int:
     """The bound on splits, from static facts alone; `fa3` is what FA3's heuristic says."""
     tiles = max(1, tiles_of_a_sequence)
-    # More splits than fill the SMs twice only add to the combine kernel's work.
-    useful = max(_MIN_COMBINE_SPLITS, -(-2 * num_sms // tiles))
+    # Splits that let the longest sequence fill the SMs; the combine kernel's cost rises at powers of two.
+    useful = max(_MIN_COMBINE_SPLITS, 1 << (fa3 - 1).bit_length())
     if problem.value_headdim <= 64:  # a combine kernel whose cost grows fast with the bound
         useful = _MIN_COMBINE_SPLITS
     useful = min(useful, _MAX_SPLITS, max(num_n_blocks, 1))
