@@ -143,7 +143,7 @@ def get_scheduler_metadata(
             key, again = calls.seen(sizes, given, out)
     except (TypeError, AttributeError, RuntimeError):  # no tensor, one without memory, or a list for the window
         kind = None
-    if again is not None and again[0]():
+    if out is not None and again is not None and again[0]():
         return out if out.shape[0] == again[1] else out[: again[1]]
     tensors = LengthTensors(*given)
     if calls is None:
