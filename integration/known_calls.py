@@ -16,7 +16,7 @@ from .triton_kernels.problem import Problem, checked_int
 # The arguments of a call but its sizes, build, backend and tensors, of which presence alone counts.
 STATIC = tuple(field.name for field in fields(Problem) if field.name not in ("batch_size", "max_seqlen_k", "gpu"))
 Again = tuple[Callable[[], bool], int]  # the launch, which answers whether it could; and the size of the metadata
-_MOST_KINDS, _MOST_SIZES, _MOST_AGAIN = 256, 4096, 256
+_MOST_KINDS, _MOST_SIZES, _MOST_AGAIN = 64, 1024, 256
 
 
 class KnownCalls:

@@ -7,6 +7,7 @@ from typing import Any
 import fa3_metadata
 import pytest
 import torch
+from fa3_metadata import known_calls
 
 GOOD = {"batch_size": 4, "max_seqlen_q": 1, "max_seqlen_k": 4096, "num_heads": 8, "num_heads_k": 1, "headdim": 128}
 INTS = torch.tensor([5, 100, 4096, 0], dtype=torch.int32)
@@ -76,12 +77,20 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("before", [None, {}, {"max_seqlen_k": 5000}], ids=["first", "known", "known-but-for-its-size"])
 @pytest.mark.parametrize(
     ("change", "error", "message"), BAD, ids=[f"{next(iter(c))}-{i}" for i, (c, _, _) in enumerate(BAD)]
 )
-def test_raises_and_writes_nothing(change: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_raises_and_writes_nothing(
+    change: dict[str, Any], error: type[Exception], message: str, before: dict[str, Any] | None
+) -> None:
+    """Also after a good call, whose checks the next one of its kind does not repeat."""
+    known_calls._kinds.clear()
+    good = GOOD | {"cache_seqlens": INTS, "build": "sglang-kernel-0.4.2"}
+    if before is not None:
+        fa3_metadata.get_scheduler_metadata(**good | before)
     out = torch.full((13,), -7, dtype=torch.int32)
-    arguments = GOOD | {"cache_seqlens": INTS, "out": out, "build": "sglang-kernel-0.4.2"} | change
+    arguments = good | {"out": out} | change
     with pytest.raises(error, match=message):
         fa3_metadata.get_scheduler_metadata(**arguments)
     assert out.tolist() == [-7] * 13
