@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import fa3_metadata
 import pytest
 import torch
-from fa3_metadata.triton_kernels import balance
+from fa3_metadata.triton_kernels import balance, reference
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -45,7 +47,7 @@ def test_implementations_agree(rng: random.Random, build: str, num_sms: int, dev
 DECODE = {"max_seqlen_q": 1, "num_heads": 8, "num_heads_k": 1, "headdim": 128, "page_size": 64, "causal": True}
 
 
-@pytest.mark.parametrize("batch", [1, 31, 32, 33, 500, 991, 992, 993, 3000])
+@pytest.mark.parametrize("batch", [1, 31, 32, 33, 64, 65, 128, 129, 198, 199, 500, 991, 992, 993, 3000])
 @pytest.mark.parametrize("build", BUILDS)
 def test_batch_sizes(build: str, batch: int, device: torch.device) -> None:
     rng = random.Random(batch)
@@ -56,6 +58,36 @@ def test_batch_sizes(build: str, batch: int, device: torch.device) -> None:
             case = Case(build, args | {"policy": "balanced"})
             agree(case, device)
             check_schedule(case, device)
+
+
+@pytest.mark.parametrize("batches", [(1, 64), (65, 198)], ids=["by one warp", "by four"])
+def test_whichever_candidate_is_the_best_both_find_it(
+    batches: tuple[int, int], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four random batches for each of the candidates for a split's key blocks, as the NumPy model chooses."""
+
+    def recorded(name: str) -> list[Any]:
+        made, function = [], getattr(reference, name)
+        monkeypatch.setattr(reference, name, lambda *arguments: made.append(function(*arguments)) or made[-1])
+        return made
+
+    candidates, chosen = recorded("_candidates"), recorded("_fastest_blocks_per_split")
+    rng, found = random.Random(0), Counter[int]()
+    for _ in range(3000):
+        batch, longest = rng.randint(*batches), rng.choice([2000, 20000, 90000])
+        usual = rng.choice([300, 2000, longest])
+        lengths = [rng.randint(1, usual if rng.random() < 0.9 else longest) for _ in range(batch)]
+        heads = rng.choice([1, 2, 4]) if batch <= 64 else 1
+        args = DECODE | {"batch_size": batch, "max_seqlen_k": longest, "cache_seqlens": lengths, "policy": "balanced"}
+        case = Case("sglang-kernel-0.4.2", args | {"num_heads": 8 * heads, "num_heads_k": heads})
+        chosen.clear()
+        case.run("reference", "cpu")
+        for best in chosen[:1]:  # none where the load alone decides
+            (places,) = (candidates[-1] == best).nonzero()
+            if len(places) == 1 and found[int(places[0])] < 4:
+                agree(case, device)
+                found[int(places[0])] += 1
+    assert set(found) == set(range(balance.NUM_CANDIDATES))
 
 
 def schedule(lengths: list[int], **more: object) -> dict[int, int]:

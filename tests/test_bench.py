@@ -15,7 +15,7 @@ import fa3_metadata
 import pytest
 import torch
 
-from bench import first_use, metadata, peers, rows, schedules, timing
+from bench import first_use, metadata, peers, rows, timing
 
 BUILD = "sglang-kernel-0.4.2"
 FACTS = timing.Facts("NVIDIA H200", "1980 MHz", "3201 MHz", "580.1", "2.11", "3.6", BUILD, "2026-11-23")
@@ -380,17 +380,3 @@ def test_lengths_are_never_zero_and_are_drawn_anew() -> None:
 def test_first_use_says_why_there_is_none() -> None:
     found = first_use._in_fresh_process(["native"], {"FA3_METADATA_BUILD": "none"})
     assert isinstance(found, str)
-
-
-def test_the_judge_times_the_launch_of_both_policies(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
-
-    def graph_sampler(update: Any) -> Any:
-        made.append(update().shape[0])  # of a plan that works
-        return lambda samples: [float(len(made))] * samples
-
-    monkeypatch.setattr(schedules, "LAUNCHED", (3, 40))
-    monkeypatch.setattr(schedules, "graph_sampler", graph_sampler)
-    found = schedules.launch_times("cpu")
-    assert {batch: list(times) for batch, times in found.items()} == {3: ["fa3", "balanced"], 40: ["fa3", "balanced"]}
-    assert len(made) == 4

@@ -209,6 +209,7 @@ SHARING: tuple[dict[str, Any], ...] = (
     {}, {"num_splits": 0}, {"policy": "balanced"}, {"policy": "balanced", "num_splits": 0}, {"window_size": (300, 0)},
     {"max_seqlen_q": 4, "num_splits": 0}, {"max_seqlen_q": 3000, "num_splits": 0},
     {"causal": False, "num_splits": 0}, {"page_size": None},
+    {"max_seqlen_q": 5000, "causal": False, "num_splits": 0},  # split where a KV head does not fit in L2
 )  # fmt: skip
 
 
@@ -249,7 +250,18 @@ def test_other_sizes_share_what_does_not_depend_on_them(monkeypatch: pytest.Monk
     """Of the plan and of the launch: the same as if made anew, whichever sizes came before."""
     monkeypatch.setattr(launch, "INTERPRETED", False)  # the launch shapes of a GPU
     sizes = [(batch, 65536) for batch in (1, 40, 33, 64, 65, 300, 992, 993, 1984, 1985, 5000, 31)]
-    sizes += [(31, 70000), (8, 100), (8, 5000), (8, 1 << 24), (1, 1 << 24), (1, 0), (300, 4096), (300, 4097)]
+    sizes += [
+        (31, 70000),
+        (8, 250000),
+        (8, 120000),
+        (8, 100),
+        (8, 5000),
+        (8, 1 << 24),
+        (1, 1 << 24),
+        (1, 0),
+        (300, 4096),
+        (300, 4097),
+    ]
     shared_ones = 0
     for build, more in itertools.product(BUILDS[:2], SHARING):
         call = arguments(lengths(1, torch.device("cpu")), build) | {"cache_seqlens": None} | more

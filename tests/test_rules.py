@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -94,6 +95,14 @@ def test_int32_overflow_of_a_kv_head_is_kept() -> None:
     """One KV head of exactly 2^31 bytes is negative to FA3, hence fits in L2."""
     assert make_plan(Problem(1, 200_000, 2**22, 1, 1, 128), UPSTREAM).num_splits == 1
     assert make_plan(Problem(1, 200_000, 2**22 - 4096, 1, 1, 128), UPSTREAM).num_splits > 1
+
+
+@pytest.mark.parametrize("mask", [{"causal": True}, {"window_size": (1000, 1000)}])
+def test_a_kv_head_beyond_l2_is_split_without_a_mask_alone(mask: dict[str, object]) -> None:
+    """num_splits_heuristic, hopper/heuristics.h: of a masked call the query blocks read different keys."""
+    problem = Problem(1, 200_000, 2**18, 1, 1, 128)
+    assert make_plan(problem, UPSTREAM).num_splits == 3  # 128 MiB over 50 MiB
+    assert make_plan(replace(problem, **mask), UPSTREAM).num_splits == 1
 
 
 def test_dtypes() -> None:
