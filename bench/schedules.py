@@ -4,10 +4,16 @@
 
 Each workload is measured as FA3 without metadata (it makes its own in every layer), with FA3's metadata, with policy
 "balanced", and with every uniform number of key blocks per split; the best of those is the oracle. All are captured
-into CUDA graphs of 32 layers with pages of their own, the first three thrice each: graphs of the same differ by up to
-1 %. They are replayed in turns, with L2 overwritten before each replay outside the timed region. The timed region is a
-replay; the metadata is made outside of it except in the first case. What the metadata launch takes by either policy
-comes last: a call as a node of a CUDA graph of 20.
+into CUDA graphs of 32 layers with pages of their own, the first three thrice each, and replayed in turns. The timed
+region is a replay; the metadata is made outside of it except in the first case.
+
+Before it, outside of it, L2 is emptied by reading, the same graph is replayed over other pages, and the page tables are
+switched. So the KV comes from memory, as in serving, while the graph itself is near: after a flush alone every kernel
+of a graph waits for its parameters and code first, which a layer of two kernels pays twice and one of one pays once.
+With --among-weights every layer follows a matrix times a vector, 50 MB of weights, whose time is subtracted: what a
+layer adds to a decode step.
+
+What the metadata launch takes by either policy comes last: a call as a node of a CUDA graph of 20.
 """
 
 from __future__ import annotations
@@ -28,14 +34,15 @@ import numpy as np
 import torch
 from fa3_metadata.api import plan_call
 from fa3_metadata.providers import load_forward
-from fa3_metadata.triton_kernels.plan import LaunchPlan, make_plan
+from fa3_metadata.triton_kernels.plan import make_plan
 from fa3_metadata.triton_kernels.reference import Lengths, blocks_read, metadata_of_splits, sequence_blocks
 
 from .timing import Captured, graph_sampler, interleaved, middle, summary
 from .workloads import SUITE, Workload
 
 PAGE, LAYERS = 64, 32
-POOL_BYTES = 300 << 20  # of KV that layers take turns in: well over L2
+POOL_BYTES = 600 << 20  # of KV between two readings of the same: well over L2
+WEIGHTS = (8, 8192, 3072)  # matrices of 50 MB
 PARTIAL_BYTES = 1 << 30  # the oracle's partial outputs are kept below
 PEAK_GB_S = 4800  # of an H200's memory, by its datasheet
 LAUNCHED = (1, 32, 64, 128, 192, 256, 512, 992, 1024, 8192)  # sequences
@@ -68,13 +75,13 @@ class Result:
 
 
 class Layers:
-    """The KV caches, page tables and queries of a workload's layers."""
+    """The KV caches, page tables and queries of a workload's layers: two sets of pages, one of them in use."""
 
     def __init__(self, w: Workload) -> None:
         dtype, page_counts = getattr(torch, w.dtype), [max(1, -(-n // PAGE)) for n in w.lengths]
         headdim_v, pages = w.headdim_v or w.headdim, sum(page_counts)
         self.kv_bytes = pages * PAGE * w.num_heads_k * (w.headdim + headdim_v) * dtype.itemsize
-        regions = max(2, min(LAYERS, math.ceil(POOL_BYTES / self.kv_bytes)))
+        regions = max(2, min(2 * LAYERS, math.ceil(POOL_BYTES / self.kv_bytes)))
 
         def random(*shape: int) -> torch.Tensor:
             return torch.randn(shape, device="cuda", dtype=torch.bfloat16).to(dtype)
@@ -84,7 +91,9 @@ class Layers:
         for row, end, count in zip(index, np.cumsum(page_counts), page_counts, strict=True):
             row[:count] = np.arange(end - count, end)
         place = torch.from_numpy(index).cuda()
-        self.tables = [order[layer % regions][place] for layer in range(LAYERS)]
+        every = torch.stack([order[layer % regions][place] for layer in range(2 * LAYERS)])
+        self._sets = every.view(2, LAYERS, *place.shape)
+        self.tables = self._sets[0].clone()
         self.lengths = torch.tensor(w.lengths, dtype=torch.int32, device="cuda")
         window = (-1, -1) if w.window is None else (w.window, 0)
         self.call: dict[str, Any] = {
@@ -100,6 +109,10 @@ class Layers:
             "num_heads": w.num_heads, "num_heads_k": w.num_heads_k, "headdim": w.headdim, "headdim_v": headdim_v,
             "cache_seqlens": self.lengths, "qkv_dtype": dtype, "page_size": PAGE, "causal": True, "window_size": window,
         }  # fmt: skip
+
+    def use(self, pages: int) -> None:
+        """Switch to a set of pages, 0 or 1, captured graphs included."""
+        self.tables.copy_(self._sets[pages])
 
 
 def policy_variant(layers: Layers, policy: str) -> dict[str, Any]:
@@ -126,17 +139,13 @@ def uniform_variants(layers: Layers, w: Workload) -> dict[str, dict[str, Any]]:
         if most > 128 or most * row_bytes > PARTIAL_BYTES or splits.tobytes() in seen:
             continue
         seen.add(splits.tobytes())
-        bounds = (1,) if most == 1 else (1 << max(5, (most - 1).bit_length()),)
-        for bound in bounds:
-            one = make_plan(replace(problem, num_splits=bound), rules)
-            found[str(size)] = _uniform(problem, one, lengths, splits)
+        bound = 1 if most == 1 else 1 << max(5, (most - 1).bit_length())
+        one = make_plan(replace(problem, num_splits=bound), rules)
+        metadata = metadata_of_splits(one, *sequence_blocks(problem, one, lengths), splits)
+        found[str(size)] = {
+            "scheduler_metadata": torch.from_numpy(metadata).cuda(), "num_splits": bound, "pack_gqa": one.pack_gqa
+        }  # fmt: skip
     return found
-
-
-def _uniform(problem: Any, plan: LaunchPlan, lengths: Lengths, splits: Any) -> dict[str, Any]:
-    rows, num_m_blocks, num_n_blocks = sequence_blocks(problem, plan, lengths)
-    metadata = torch.from_numpy(metadata_of_splits(plan, rows, num_m_blocks, num_n_blocks, splits)).cuda()
-    return {"scheduler_metadata": metadata, "num_splits": plan.num_splits, "pack_gqa": plan.pack_gqa}
 
 
 def _sizes(longest: int, load: float) -> list[int]:
@@ -147,43 +156,67 @@ def _sizes(longest: int, load: float) -> list[int]:
     return sorted(min(max(size, 1), longest) for size in sizes)
 
 
-def measure(w: Workload, forward: Callable[..., torch.Tensor], rounds: int, sweep: bool) -> Result:
+def measure(
+    w: Workload, forward: Callable[..., torch.Tensor], rounds: int, sweep: bool, among_weights: bool = False
+) -> Result:
     """Times of every variant. Raises `RuntimeError` where a variant's output is wrong."""
     layers = Layers(w)
     variants: dict[str, dict[str, Any]] = {"none": {}}
     variants |= {policy: policy_variant(layers, policy) for policy in ("fa3", "balanced")}
     variants |= uniform_variants(layers, w) if sweep else {}
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-    expected, pool = None, torch.cuda.graph_pool_handle()
-    graphs: list[tuple[str, torch.cuda.CUDAGraph]] = []
+    expected = None
     for name, more in variants.items():
         output = forward(**layers.call, page_table=layers.tables[0], **more).float()
         expected = output if expected is None else expected
         error = ((output - expected).norm() / expected.norm()).item()
         if not error < TOLERANCE[w.dtype]:
             raise RuntimeError(f"{w.name}: the output with schedule {name} is off by {error:.3g}")
-    for name in (*variants, *COMPARED, *COMPARED):
+
+    vector = torch.ones(1, WEIGHTS[1], dtype=torch.bfloat16, device="cuda")
+    weights = torch.ones(WEIGHTS, dtype=torch.bfloat16, device="cuda") if among_weights else ()
+    between: list[Callable[[], object]] = [partial(torch.mm, vector, one) for one in weights] or [lambda: None]
+    between[0]()
+    pool = torch.cuda.graph_pool_handle()
+
+    def captured(attend: Callable[..., object]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
-            for table in layers.tables:
-                forward(**layers.call, page_table=table, **variants[name])
-        graph.replay()
-        graphs.append((name, graph))
+            for i, table in enumerate(layers.tables):
+                between[i % len(between)]()
+                attend(page_table=table)
+        return graph
+
+    names = (*variants, *COMPARED, *COMPARED)
+    graphs = [(name, captured(partial(forward, **layers.call, **variants[name]))) for name in names]
+    graphs += [("weights", captured(lambda page_table: None))] if among_weights else []
+    times = _replayed(graphs, layers, rounds)
+    if among_weights:
+        base = middle(times.pop("weights"))
+        times = {name: [[time - base for time in one] for one in captures] for name, captures in times.items()}
+    bounds = {name: more.get("num_splits", 0) for name, more in variants.items()}
+    return Result(w, times, _most_splits(layers), bounds, layers.kv_bytes / PEAK_GB_S / 1e3)
+
+
+def _replayed(graphs: list[tuple[str, torch.cuda.CUDAGraph]], layers: Layers, rounds: int) -> Captured:
+    """Microseconds a layer of every graph, by its name, in turns."""
+    more_than_l2 = torch.zeros(64 << 20, dtype=torch.int32, device="cuda")
     events: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in graphs]
     for _ in range(rounds):
         for (_, graph), timed in zip(graphs, events, strict=True):
-            flush.add_(1)
+            layers.use(1)
+            more_than_l2.amax()
+            graph.replay()
+            layers.use(0)
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
             graph.replay()
             end.record()
             timed.append((start, end))
         torch.cuda.synchronize()
-    times: Captured = {name: [] for name in variants}
+    times: Captured = {}
     for (name, _), timed in zip(graphs, events, strict=True):
-        times[name].append([start.elapsed_time(end) * 1000 / LAYERS for start, end in timed])
-    bounds = {name: more.get("num_splits", 0) for name, more in variants.items()}
-    return Result(w, times, _most_splits(layers), bounds, layers.kv_bytes / PEAK_GB_S / 1e3)
+        times.setdefault(name, []).append([start.elapsed_time(end) * 1000 / LAYERS for start, end in timed])
+    return times
 
 
 def _most_splits(layers: Layers) -> dict[str, int]:
@@ -220,7 +253,9 @@ def report(results: list[Result]) -> None:
     worst = min(results, key=lambda r: r.ratio("fa3"))
     print(f"worst against FA3's metadata: {worst.ratio('fa3'):.3f} x, {worst.workload.name}")
     swept = [r for r in results if r.is_swept]
-    if swept:
+    if few and swept:
+        means = [statistics.geometric_mean(r.median(v) / r.median(r.oracle) for r in few) for v in ("fa3", "none")]
+        print(f"the oracle, up to 992: geometric mean {means[0]:.3f} x over FA3's metadata, {means[1]:.3f} x without")
         near = sum(r.median("balanced") <= 1.03 * r.median(r.oracle) for r in swept)
         print(f"within 3 % of the oracle: {near} of {len(swept)}")
 
@@ -261,6 +296,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--only", default="", help="workloads whose name contains this")
     parser.add_argument("--rounds", type=int, default=8, help="timed replays of each graph")
     parser.add_argument("--no-sweep", action="store_true", help="leave out the oracle")
+    parser.add_argument("--among-weights", action="store_true", help="each layer after a matrix times a vector")
     parser.add_argument("--csv", type=pathlib.Path, help="write all times there")
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
@@ -272,7 +308,7 @@ def main(argv: list[str] | None = None) -> None:
     chosen = [w for w in SUITE if options.only in w.name]
     results = []
     for w in chosen:
-        results.append(measure(w, forward, options.rounds, not options.no_sweep))
+        results.append(measure(w, forward, options.rounds, not options.no_sweep, options.among_weights))
         torch.cuda.empty_cache()
     report(results)
     if not options.only:

@@ -29,7 +29,7 @@ RESULTS = [
 
 def test_what_the_judge_says(capsys: pytest.CaptureFixture[str]) -> None:
     schedules.report(RESULTS)
-    *rows, said, few, held_out, many, worst, near = capsys.readouterr().out.splitlines()[2:]
+    *rows, said, few, held_out, many, worst, oracle, near = capsys.readouterr().out.splitlines()[2:]
     assert [row.split()[0] for row in rows] == ["even", "*worse", "many"]
     assert rows[0].split()[1:] == ["24.00", "12.00", "10.00", "8.00", "1.200", "2.400", "1.250", "1,4", "0.50"]
     assert said.startswith("* held out")
@@ -37,6 +37,7 @@ def test_what_the_judge_says(capsys: pytest.CaptureFixture[str]) -> None:
     assert held_out.endswith("geometric mean 0.900 x over FA3's metadata, 2.000 x over FA3 without")
     assert many.endswith("geometric mean 4.000 x over FA3's metadata, 6.000 x over FA3 without")
     assert worst == "worst against FA3's metadata: 0.900 x, worse"
+    assert oracle.endswith("geometric mean 1.174 x over FA3's metadata, 2.474 x without")
     assert near == "within 3 % of the oracle: 2 of 3"
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .balance import NUM_CANDIDATES
+from .balance import MOST_FOR_ALL_CANDIDATES, NUM_CANDIDATES
 from .blocks import cdiv, num_blocks
 
 CANDIDATES = tl.constexpr(NUM_CANDIDATES)
 HALF = tl.constexpr(NUM_CANDIDATES // 2)
 WARP = tl.constexpr(32)
+ALL_CANDIDATES = tl.constexpr(MOST_FOR_ALL_CANDIDATES)
 ONE_WARP = tl.constexpr(64)  # the most sequences that one warp alone works on (launch_*.json)
 
 
@@ -31,12 +32,12 @@ def _block_cost(busy, alone):
 
 @triton.jit
 def fastest_blocks_per_split(
-    lengths, strides, group_start, group_end, shape, group_m, group_n, causal_saving, share, num_splits, num_heads,
+    lengths, strides, batch_size, shape, group_m, group_n, causal_saving, share, num_splits, num_heads,
     tile, alone, split_cost, WINDOW: tl.constexpr, SHORT: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """reference._fastest_blocks_per_split: the key blocks of a split, for the sequences of a group.
+    """reference._fastest_blocks_per_split: the key blocks of a split, for a batch that is a single group.
 
-    `group_m`, `group_n` [GROUP]: query and key blocks of `lengths` from `group_start` to `group_end`.
+    `group_m`, `group_n` [GROUP]: query and key blocks of `lengths`.
     """
     model = (num_heads.to(tl.float32), share, num_splits, tile, alone, split_cost)
     if GROUP <= ONE_WARP:
@@ -58,16 +59,19 @@ def fastest_blocks_per_split(
         key = tl.broadcast_to(key, (WARP // CANDIDATES, CANDIDATES))
         return tl.max(tl.where(key == tl.min(key), c, 0))
 
-    # [HALF, GROUP // WARP, WARP]: each of four warps has two candidates, one of each half, and every sequence, which it
-    # reads itself, so that nothing is exchanged between warps but the answer.
+    # [HALF, GROUP // WARP, WARP]: each of four warps has two candidates, one of each half, or an even one, and every
+    # sequence, which it reads itself, so that nothing is exchanged between warps but the answer.
     k = tl.arange(0, HALF)[:, None, None]
     j = tl.arange(0, GROUP // WARP)[None, :, None] * WARP + tl.arange(0, WARP)[None, None, :] + (k & HALF)
-    j += group_start
-    _, num_m, num_n = num_blocks(lengths, strides, j, j < group_end, shape, WINDOW)
+    _, num_m, num_n = num_blocks(lengths, strides, j, j < batch_size, shape, WINDOW)
     work = work_of(num_m, num_n, causal_saving)
     longest = tl.max(tl.max(num_n, axis=1, keep_dims=True), axis=2, keep_dims=True)
     batch = (num_m, num_n, work, _of_all(work), longest)
-    return tl.min(tl.minimum(_key(k, batch, model, SHORT), _key(k + HALF, batch, model, SHORT))).to(tl.int32)
+    if GROUP > ALL_CANDIDATES:
+        key = _key(2 * k, batch, model, SHORT)
+    else:
+        key = tl.minimum(_key(k, batch, model, SHORT), _key(k + HALF, batch, model, SHORT))
+    return tl.min(key).to(tl.int32)
 
 
 @triton.jit
@@ -128,7 +132,7 @@ def _predicted(k, size, load, longest, all_tiles, big_tiles, big_work, model):
     busy = tl.minimum(average * (size * reciprocal), 1.0)
     time = tl.maximum(time, longest_tile * _block_cost(busy, alone))
     time += longest.to(tl.float32) * (longest_tile * reciprocal) * split_cost
-    time = tl.where(k == 0, time, time * 1.01)
+    time = tl.where(k == 0, time, time * 1.03)
     return (time.to(tl.int32, bitcast=True) & -CANDIDATES) | k  # a positive float's bits rise with it
 
 

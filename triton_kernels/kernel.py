@@ -93,7 +93,7 @@ def _write_metadata(
         blocks_per_split = fixed_blocks
         if SPLITS == SEARCH:
             blocks_per_split = fastest_blocks_per_split(
-                lengths, strides, group_start, group_end, shape, group_m, group_n, causal_saving, load_factor,
+                lengths, strides, batch_size, shape, group_m, group_n, causal_saving, load_factor,
                 num_splits, num_heads, tile_cost, alone_cost, split_cost, WINDOW, SHORT, GROUP,
             )  # fmt: skip
         if SPLITS == LOAD:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .balance import NUM_CANDIDATES, Costs
+from .balance import MOST_FOR_ALL_CANDIDATES, NUM_CANDIDATES, Costs
 from .plan import MAX_DYNAMIC_SPLIT_BATCH, LaunchPlan
 from .problem import Problem
 from .reciprocal import approximate_reciprocal
@@ -170,7 +170,8 @@ def _fastest_blocks_per_split(plan: LaunchPlan, num_m_blocks: Ints, blocks: Ints
     assert costs is not None
     longest, work = i32(max(blocks.max(initial=0), 1)), _work(plan, num_m_blocks, blocks)
     heads, share, load = f32(plan.num_heads), f32(plan.share_of_load), _load(plan, work)
-    candidates = _candidates(plan, load, longest)
+    k = np.arange(0, NUM_CANDIDATES, 1 if len(blocks) <= MOST_FOR_ALL_CANDIDATES else 2, dtype=i32)
+    candidates = _candidates(plan, k, load, longest)
     tile, size = f32(costs.tile), candidates.astype(f32)
     longest_tile = size + tile
     reciprocal = _reciprocal(size * longest_tile)  # one division for two
@@ -195,17 +196,17 @@ def _fastest_blocks_per_split(plan: LaunchPlan, num_m_blocks: Ints, blocks: Ints
     busy = np.minimum(average * (size * reciprocal), f32(1))
     time = np.maximum(time, longest_tile * _block_cost(costs, busy))
     time = time + f32(longest) * inverse * f32(costs.per_split)
-    time = np.where(np.arange(NUM_CANDIDATES) == 0, time, time * f32(1.01))  # leave FA3's rule only for a gain
+    time = np.where(k == 0, time, time * f32(1.03))  # leave FA3's rule only for a clear gain
     return candidates[np.argmin(time.view(i32) // NUM_CANDIDATES)]  # but for the last bits, as the kernel does
 
 
-def _candidates(plan: LaunchPlan, load: np.float32, longest: np.int32) -> Ints:
-    """Key blocks of a split: FA3's choice, and others around the load of an SM."""
-    k, f32 = np.arange(NUM_CANDIDATES, dtype=np.int32), np.float32
+def _candidates(plan: LaunchPlan, k: Ints, load: np.float32, longest: np.int32) -> Ints:
+    """Key blocks of a split by candidate `k`: FA3's choice for 0, and others around the load of an SM."""
+    f32 = np.float32
     spread = np.where(k == NUM_CANDIDATES - 1, 96, 32 + 3 * k).astype(f32) * f32(1 / 64)  # 0.55 to 0.78, and 1.5
     load = np.minimum(load, f32(2**21))
     candidates = 1 + k + _rounded(load * spread - f32(0.4995)).astype(np.int32)
-    candidates[0] = _rounded(load * f32(1.1) + f32(0.4995))
+    candidates[k == 0] = _rounded(load * f32(1.1) + f32(0.4995))
     at_least = -(-longest // np.int32(plan.num_splits))
     return np.maximum(np.minimum(candidates, longest), at_least).astype(np.int32)
 
