@@ -37,7 +37,8 @@ from fa3_metadata.providers import load_forward
 from fa3_metadata.triton_kernels.plan import make_plan
 from fa3_metadata.triton_kernels.reference import Lengths, blocks_read, metadata_of_splits, sequence_blocks
 
-from .timing import Captured, graph_sampler, interleaved, middle, summary
+from .decode_step import why_not
+from .timing import Captured, gpu_facts, graph_sampler, interleaved, middle, summary
 from .workloads import SUITE, Workload
 
 PAGE, LAYERS = 64, 32
@@ -291,7 +292,7 @@ def write_csv(results: list[Result], path: pathlib.Path) -> None:
                 )
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench schedules", description="FA3's schedules, ours, the best")
     parser.add_argument("--only", default="", help="workloads whose name contains this")
     parser.add_argument("--rounds", type=int, default=8, help="timed replays of each graph")
@@ -299,14 +300,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--among-weights", action="store_true", help="each layer after a matrix times a vector")
     parser.add_argument("--csv", type=pathlib.Path, help="write all times there")
     options = parser.parse_args(argv)
-    if not torch.cuda.is_available():
-        print("schedules are judged on a CUDA GPU with an FA3 wheel: there is none here", file=sys.stderr)
-        sys.exit(2)
-    build = fa3_metadata.detect_build().build
-    forward = load_forward(build)
-    print(f"{build} on {torch.cuda.get_device_name()}, torch {torch.__version__}")
     chosen = [w for w in SUITE if options.only in w.name]
-    results = []
+    if not chosen:
+        print(f"schedules: --only must be part of a workload's name, got {options.only!r}", file=sys.stderr)
+        return 2
+    build = fa3_metadata.detect_build().build
+    if missing := why_not(build):
+        print(f"schedules are judged on a Hopper GPU with sglang-kernel: {missing}", file=sys.stderr)
+        return 2
+    forward, results = load_forward(build), []
+    print(gpu_facts(), flush=True)
     for w in chosen:
         results.append(measure(w, forward, options.rounds, not options.no_sweep, options.among_weights))
         torch.cuda.empty_cache()
@@ -317,7 +320,4 @@ def main(argv: list[str] | None = None) -> None:
             print(f"launch {batch} fa3 {fa3:.2f} balanced {ours:.2f} ratio {ours / fa3:.2f}")
     if options.csv:
         write_csv(results, options.csv)
-
-
-if __name__ == "__main__":
-    main()
+    return 0

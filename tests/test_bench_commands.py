@@ -33,6 +33,7 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
         (["metadata", "--heads", "8/3"], "must be q heads / KV heads"),
         (["metadata", "--window", "-1"], "must be a whole number"),
         (["metadata", "--frobnicate"], "unrecognized arguments"),
+        (["schedules", "--only", "no such"], "must be part of a workload's name, got 'no such'"),
         (["plot", "nowhere.csv"], "nowhere.csv"),
         (["plot", __file__], "has not the columns"),
     ],

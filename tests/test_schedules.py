@@ -1,14 +1,20 @@
-"""The judge of schedules, but for what it measures: what it says of times, and what it times the launch of."""
+"""The judge of schedules: what it says of times, what it times the launch of, and whether it runs on a GPU."""
 
 from __future__ import annotations
 
 import csv
 import pathlib
+import subprocess
+import sys
 from typing import Any
 
+import fa3_metadata
 import pytest
+import torch
 
+from bench import __main__ as command
 from bench import schedules
+from bench.decode_step import why_not
 from bench.workloads import Workload
 
 BOUNDS = {"none": 0, "fa3": 1, "balanced": 4, "1": 32, "2": 32}
@@ -63,3 +69,28 @@ def test_the_judge_times_the_launch_of_both_policies(monkeypatch: pytest.MonkeyP
     found = schedules.launch_times("cpu")
     assert {batch: list(times) for batch, times in found.items()} == {3: ["fa3", "balanced"], 40: ["fa3", "balanced"]}
     assert len(made) == 4
+
+
+def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert command.main(["schedules"]) == 2
+    assert capsys.readouterr().err == "schedules are judged on a Hopper GPU with sglang-kernel: no CUDA GPU\n"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("more", [[], ["--among-weights", "--no-sweep"]], ids=["KV far", "among weights"])
+def test_on_a_gpu(more: list[str], tmp_path: pathlib.Path) -> None:
+    """Four short sequences: splits, which FA3's own metadata has not, are worth it in both."""
+    if missing := why_not(fa3_metadata.detect_build().build):
+        pytest.skip(f"needs a Hopper GPU and sglang-kernel: {missing}")
+    out = tmp_path / "schedules.csv"
+    run = [sys.executable, "-W", "ignore", "-m", "bench", "schedules", "--only", "4 x 512, 16/2", "--rounds", "3"]
+    root = pathlib.Path(__file__).parent.parent
+    done = subprocess.run([*run, *more, "--csv", str(out)], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    with out.open() as file:
+        measured = {row["schedule"]: float(row["p50_us"]) for row in csv.DictReader(file)}
+    assert list(measured)[:3] == ["none", "fa3", "balanced"]
+    assert ("4" in measured) != bool(more)  # one of the uniform sizes
+    assert all(2 < time < 100 for time in measured.values()), measured
+    assert measured["balanced"] < measured["fa3"]

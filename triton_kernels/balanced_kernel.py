@@ -67,7 +67,7 @@ def fastest_blocks_per_split(
     work = work_of(num_m, num_n, causal_saving)
     longest = tl.max(tl.max(num_n, axis=1, keep_dims=True), axis=2, keep_dims=True)
     batch = (num_m, num_n, work, _of_all(work), longest)
-    if GROUP > ALL_CANDIDATES:
+    if GROUP > ALL_CANDIDATES:  # as the batch is then: GROUP is the next power of two
         key = _key(2 * k, batch, model, SHORT)
     else:
         key = tl.minimum(_key(k, batch, model, SHORT), _key(k + HALF, batch, model, SHORT))
