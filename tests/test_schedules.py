@@ -1,4 +1,4 @@
-"""The judge of schedules: what it says of times, what it times the launch of, and whether it runs on a GPU."""
+"""The judge of schedules: which pages are read when, what is timed, what it says of times, and a run on a GPU."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import fa3_metadata
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from bench import __main__ as command
 from bench import schedules
@@ -69,6 +70,68 @@ def test_the_judge_times_the_launch_of_both_policies(monkeypatch: pytest.MonkeyP
     found = schedules.launch_times("cpu")
     assert {batch: list(times) for batch, times in found.items()} == {3: ["fa3", "balanced"], 40: ["fa3", "balanced"]}
     assert len(made) == 4
+
+
+class OnCpu(TorchFunctionMode):
+    """What is made on a GPU is made on the CPU."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if kwargs.get("device") == "cuda":
+            kwargs["device"] = "cpu"
+        return args[0] if function is torch.Tensor.cuda else function(*args, **kwargs)
+
+
+@pytest.fixture
+def layers() -> schedules.Layers:
+    with OnCpu():
+        return schedules.Layers(Workload("2 short", (100, 40)))
+
+
+def test_every_layer_of_both_sets_has_pages_of_its_own(layers: schedules.Layers) -> None:
+    seen, captured = [], list(layers.tables)  # what a graph holds, and does not follow when it is replaced
+    for pages in (1, 0):
+        layers.use(pages)
+        for table in captured:
+            seen += [*table[0].tolist(), int(table[1, 0])]  # 100 tokens are two pages, 40 one
+    assert sorted(seen) == list(range(2 * schedules.LAYERS * 3))
+    assert layers.call["k_cache"].shape[0] == len(seen)
+
+
+def test_what_is_timed_is_the_second_replay_in_a_row_over_other_pages(
+    layers: schedules.Layers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log: list[Any] = []
+    first = layers.tables.clone()  # a graph is captured, and must be timed, with the first set in use
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            log.append("event")
+
+        def elapsed_time(self, _: Any) -> float:
+            return 0.64  # ms
+
+    class Graph:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def replay(self) -> None:
+            log.append((self.name, torch.equal(layers.tables, first)))
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    emptied: list[Any] = []
+    monkeypatch.setattr(torch.Tensor, "amax", lambda x: emptied.append((x.nbytes, len(log))))
+    graphs: Any = [("fa3", Graph("a")), ("balanced", Graph("b")), ("fa3", Graph("c"))]
+    with OnCpu():
+        times = schedules._replayed(graphs, layers, rounds=2)
+    one_round = [step for name in "abc" for step in ((name, False), "event", (name, True), "event")]
+    assert log == 2 * one_round
+    assert emptied == [(256 << 20, at) for at in range(0, len(log), 4)]  # each time before the first of both replays
+    assert times == {"fa3": [[20.0, 20.0], [20.0, 20.0]], "balanced": [[20.0, 20.0]]}
 
 
 def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

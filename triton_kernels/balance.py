@@ -25,7 +25,7 @@ from .problem import Problem
 from .tables import Table, find_table
 
 NUM_CANDIDATES = 8  # for the key blocks of a split, see reference.py
-MOST_FOR_ALL_CANDIDATES = 128  # sequences; in larger batches every second is tried, to save the launch time. A GROUP.
+MOST_FOR_ALL_CANDIDATES = 128  # sequences, a power of two; in larger batches every second is tried: a shorter launch
 _MAX_SPLITS = 128  # what FA3's heuristic allows, too
 _MIN_COMBINE_SPLITS = 32  # the combine kernel costs the same up to here
 
