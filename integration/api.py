@@ -53,6 +53,8 @@ def get_scheduler_metadata(
     num_sms: int | None = None,
     batch_invariant: bool = False,
     max_partial_bytes: int = DEFAULT_PARTIAL_BYTES,
+    total_q: int | None = None,
+    forward_is_told: bool = True,
 ) -> torch.Tensor:
     """FA3's scheduler metadata of a batch: make it once a step, pass it to every layer as `scheduler_metadata`.
 
@@ -104,6 +106,11 @@ def get_scheduler_metadata(
             (prefills) follow FA3's rule whatever the policy, and are not invariant.
         max_partial_bytes: with "balanced" and num_splits 0, what the forward's partial outputs may take; not applied
             with `batch_invariant`.
+        total_q: with ragged queries, q.shape[0] of the forward, which the bound on splits of sglang-kernel 0.4.5 and
+            later counts. None: batch_size * max_seqlen_q, as FA3's own op takes it; a forward that is called with
+            num_splits 0 and has fewer queries may then come to fewer splits than the metadata has.
+        forward_is_told: that the forward is given `metadata_layout(...).num_splits`. False: it is called with 0, so
+            that "balanced", too, stays within the bound that the build's forward comes to by itself.
 
     Returns:
         int32 tensor on the device of `cache_seqlens`, laid out as `metadata_layout(...)` says: `out`, or its
@@ -121,7 +128,7 @@ def get_scheduler_metadata(
             cache_seqlens, batch_size, max_seqlen_q, max_seqlen_k, num_heads, num_heads_k, headdim, qkv_dtype,
             headdim_v, cu_seqlens_q, cu_seqlens_k, cu_seqlens_k_new, seqused_q, leftpad_k, page_size, max_seqlen_k_new,
             causal, window_size[0], window_size[1], attention_chunk, has_softcap, num_splits, pack_gqa, sm_margin,
-            build, policy, backend, arch, num_sms, batch_invariant, max_partial_bytes,
+            build, policy, backend, arch, num_sms, batch_invariant, max_partial_bytes, total_q, forward_is_told,
         )  # fmt: skip
         if out is None:
             return torch.ops.fa3_metadata.get_scheduler_metadata(*operands)
@@ -134,6 +141,7 @@ def get_scheduler_metadata(
         max_seqlen_q, num_heads, num_heads_k, headdim, headdim_v, qkv_dtype, cu_seqlens_q is not None,
         seqused_q is not None, leftpad_k is not None, page_size, max_seqlen_k_new, causal, window_size, attention_chunk,
         has_softcap, num_splits, pack_gqa, sm_margin, arch, num_sms, policy, batch_invariant, max_partial_bytes,
+        total_q, forward_is_told,
     )  # fmt: skip
     calls, key, again = None, None, None
     try:
@@ -205,6 +213,8 @@ def metadata_layout(
     num_sms: int | None = None,
     batch_invariant: bool = False,
     max_partial_bytes: int = DEFAULT_PARTIAL_BYTES,
+    total_q: int | None = None,
+    forward_is_told: bool = True,
 ) -> MetadataLayout:
     """Length and rows of the tensor that `get_scheduler_metadata` makes for the same arguments.
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .arguments import LengthTensors, dtype_name
+from .triton_kernels.builds import FA3Rules
 from .triton_kernels.problem import Problem
 
 # Arguments that change what is computed in ways the metadata does not know, and their harmless values.
@@ -86,7 +87,7 @@ class ForwardCall(NamedTuple):
             leftpad_k=self.leftpad_k,
         )
 
-    def problem(self, arch: int, num_sms: int) -> Problem:
+    def problem(self, arch: int, num_sms: int, rules: FA3Rules) -> Problem:
         """What the forward's own metadata stage is asked; remembered, since layers ask the same every step.
 
         Raises `TypeError` or `ValueError` for what FA3 does not support.
@@ -98,15 +99,15 @@ class ForwardCall(NamedTuple):
             None if table is None else table.shape[1], None if starts is None else starts.shape[0],
             self.max_seqlen_q, self.max_seqlen_k, None if new is None else new.shape,
             self.cu_seqlens_k_new is None, self.leftpad_k is None, self.causal, window, self.attention_chunk,
-            self.softcap > 0, self.num_splits, self.pack_gqa, self.sm_margin, arch, num_sms,
+            self.softcap > 0, self.num_splits, self.pack_gqa, self.sm_margin, arch, num_sms, rules,
         )  # fmt: skip
         if (found := _problems.get(key)) is None:
             if len(_problems) >= _MOST_PROBLEMS:
                 _problems.clear()
-            found = _problems[key] = self._make_problem(window, arch, num_sms)
+            found = _problems[key] = self._make_problem(window, arch, num_sms, rules)
         return found
 
-    def _make_problem(self, window: tuple[int, ...], arch: int, num_sms: int) -> Problem:
+    def _make_problem(self, window: tuple[int, ...], arch: int, num_sms: int, rules: FA3Rules) -> Problem:
         ragged = self.cu_seqlens_q is not None
         return Problem(
             batch_size=self.batch_size,
@@ -130,6 +131,7 @@ class ForwardCall(NamedTuple):
             sm_margin=self.sm_margin,
             arch=arch,
             num_sms=num_sms,
+            total_q=self.q.shape[0] if ragged and rules.bound_depends_on_batch else None,
         )
 
     def _max_seqlen_k(self) -> int:

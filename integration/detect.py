@@ -10,7 +10,7 @@ from importlib import metadata
 from .triton_kernels.builds import DEFAULT_BUILD
 
 BUILD_VARIABLE = "FA3_METADATA_BUILD"
-SEARCH_ORDER = ("sglang-kernel", "sgl-kernel", "vllm", "flash-attn-3")
+SEARCH_ORDER = ("sglang-kernel", "sgl-kernel", "vllm", "flash-attn-3", "fa3-fwd")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def detect_build() -> DetectedBuild:
     """The build that `build=None` means, and why.
 
     The environment variable FA3_METADATA_BUILD wins; then the first installed package of sglang-kernel,
-    sgl-kernel, vllm, flash-attn-3; with none of them, sglang-kernel-0.4.2. The packages are looked up once a
+    sgl-kernel, vllm, flash-attn-3, fa3-fwd; with none of them, sglang-kernel-0.4.2. The packages are looked up once a
     process. The answer is not checked here: an unsupported version raises where it is used.
     """
     if build := os.environ.get(BUILD_VARIABLE):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
@@ -87,7 +88,7 @@ def install(
         if wrap_forward and theirs not in (None, chosen):
             raise ValueError(f"policy must be that of {theirs}, which {provider.forward} is wrapped with, got {chosen}")
         if not hasattr(module, "get_scheduler_metadata"):
-            _put(module, "get_scheduler_metadata", get_scheduler_metadata)
+            _put(module, "get_scheduler_metadata", functools.partial(get_scheduler_metadata, build=name))
             done.append(f"put get_scheduler_metadata into {provider.module}")
         if wrap_forward and theirs is None:
             places = _modules_with(provider.forward, forward)

@@ -10,6 +10,7 @@ import torch
 from .arguments import LengthTensors
 from .resolved import ResolvedCall, load_launch, on_device
 from .triton_kernels.layout import padded
+from .triton_kernels.plan import batch_sizes_of_other_plans
 from .triton_kernels.problem import checked_int
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ class _Step:
     def __init__(self, resolved: list[ResolvedCall], views: tuple[torch.Tensor, ...]) -> None:
         self.resolved, self.views = resolved, views
         self.batch_size = resolved[0].batch_size
+        self.table: torch.Tensor | None = None  # the numbers of the plans, likewise
         self.launch: Any = None  # for several plans on a GPU
 
 
@@ -59,7 +61,7 @@ class MetadataPlans:
         self._starts = starts[:-1]
         self._buffer = torch.empty(starts[-1], dtype=torch.int32, device=first.device)
         self._on_cpu = first.device.type == "cpu"
-        self._table = self._make_table()
+        self._tables, self._table_of = self._make_tables()
         self._kept = False
         self._launches: dict[Hashable, Any] = {}  # those that other batch sizes can share
         self._steps: dict[int, _Step] = {}
@@ -110,7 +112,7 @@ class MetadataPlans:
         tensors = LengthTensors(cache_seqlens, **given)
         batch_size = self._checked_batch_size(tensors, given)
         step = self._steps.get(batch_size) or self._new_step(batch_size)
-        if self._table is None:  # a single plan, or on the CPU
+        if step.table is None:  # a single plan, or on the CPU
             for resolved, view in zip(step.resolved, step.views, strict=True):
                 resolved.write(tensors, view)
         else:
@@ -129,10 +131,10 @@ class MetadataPlans:
                 self._again.clear()
             self._again[key] = None
             return
-        if self._table is None:
+        if step.table is None:
             launch = step.resolved[0].repeat(tensors, step.views[0])
         else:
-            launch = step.launch.repeat((self._buffer, self._table), tensors.pointers())
+            launch = step.launch.repeat((self._buffer, step.table), tensors.pointers())
         if launch is not None:
             self._again[key] = step, launch
 
@@ -145,7 +147,7 @@ class MetadataPlans:
             batch_sizes: what will come; None: one size for each kernel that batches up to the largest need.
             dtype: of the lengths that will come; kernels are compiled for it.
         """
-        sizes = _ONE_OF_EACH_KERNEL if batch_sizes is None else batch_sizes
+        sizes = (*_ONE_OF_EACH_KERNEL, *self._sizes_of_other_plans()) if batch_sizes is None else batch_sizes
         for batch_size in {min(checked_int("batch_sizes", size, 0), self.max_batch_size) for size in sizes}:
             lengths = {
                 name: torch.zeros(batch_size + name.startswith("cu_"), dtype=dtype, device=self._buffer.device)
@@ -178,12 +180,14 @@ class MetadataPlans:
         parts = zip(self._starts, resolved, strict=True)
         views = tuple([self._buffer[start : start + one.size] for start, one in parts])
         step = self._steps[batch_size] = _Step(resolved, views)
+        if self._tables is not None:
+            step.table = self._tables[self._table_of[_numbers_of(resolved)]]
         return step
 
     def _launch(self, tensors: LengthTensors, step: _Step) -> None:
         if step.launch is None:
             step.launch = self._make_launch(step)
-        on_device(self._buffer.device, step.launch, (self._buffer, self._table), tensors.pointers())
+        on_device(self._buffer.device, step.launch, (self._buffer, step.table), tensors.pointers())
 
     def _make_launch(self, step: _Step) -> Any:
         kernels, roots = load_launch(self._buffer.device), [one.root for one in step.resolved]
@@ -196,16 +200,30 @@ class MetadataPlans:
         made = self._launches[key] = kernels.layer_groups_launch(step.resolved[0].problem, plans)
         return made
 
-    def _make_table(self) -> torch.Tensor | None:
-        """The numbers of the plans on the device. They do not depend on the batch size, so once is enough."""
+    def _sizes_of_other_plans(self) -> list[int]:
+        """Batch sizes among which is one of each set of numbers and of each way to split."""
+        found = {size for plan in self.plans for size in batch_sizes_of_other_plans(plan.problem, plan._rules)}
+        return sorted({min(size, self.max_batch_size) for size in found})
+
+    def _make_tables(self) -> tuple[torch.Tensor | None, dict[tuple[Any, ...], int]]:
+        """The numbers of the plans on the device, for every batch size ahead of a capture; and which are whose."""
         if len(self.plans) == 1 or self._on_cpu:
-            return None
-        plans = [plan.resolved(self.max_batch_size).plan for plan in self.plans]
-        table: torch.Tensor = load_launch(self._buffer.device).layer_groups_table(plans, self._starts)
-        return table.to(self._buffer.device)
+            return None, {}
+        tables: dict[tuple[Any, ...], torch.Tensor] = {}
+        make = load_launch(self._buffer.device).layer_groups_table
+        for batch_size in self._sizes_of_other_plans():
+            resolved = [plan.resolved(batch_size) for plan in self.plans]
+            tables.setdefault(_numbers_of(resolved), make([one.plan for one in resolved], self._starts))
+        on_device = torch.stack(list(tables.values())).to(self._buffer.device)
+        return on_device, {numbers: place for place, numbers in enumerate(tables)}
 
     def _keep_if_captured(self) -> None:
         if self._kept or self._on_cpu or not torch.cuda.is_current_stream_capturing():
             return
         self._kept = True
-        _captured.extend(tensor for tensor in (self._buffer, self._table) if tensor is not None)
+        _captured.extend(tensor for tensor in (self._buffer, self._tables) if tensor is not None)
+
+
+def _numbers_of(resolved: Sequence[ResolvedCall]) -> tuple[Any, ...]:
+    """What plans of the same group have of their own in a batch: the rest follows from it."""
+    return tuple((one.root.plan.num_splits, one.root.plan.pack_gqa) for one in resolved)

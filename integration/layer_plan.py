@@ -12,16 +12,16 @@ from .api import resolve_build
 from .arguments import make_problem
 from .calls import ForwardCall
 from .layer_groups import MetadataPlans
-from .providers import provider_of
 from .resolved import ResolvedCall, resolve
+from .triton_kernels.builds import MAX_DYNAMIC_SPLIT_BATCH
 from .triton_kernels.layout import padded
-from .triton_kernels.plan import MAX_DYNAMIC_SPLIT_BATCH, make_plan
+from .triton_kernels.plan import make_plan
 from .triton_kernels.problem import DEFAULT_PARTIAL_BYTES, Problem, checked_int
 
 # Fields of a problem in which a forward may differ: FA3 comes to the same, or they are ours alone.
 _NOT_COMPARED = {
     "max_seqlen_k", "window_size", "causal", "num_splits", "pack_gqa", "sm_margin",
-    "policy", "batch_invariant", "max_partial_bytes", "gpu",
+    "policy", "batch_invariant", "max_partial_bytes", "gpu", "total_q", "forward_is_told",
 }  # fmt: skip
 VARYING = ("cu_seqlens_q", "seqused_q", "cu_seqlens_k_new", "leftpad_k")
 
@@ -29,9 +29,9 @@ VARYING = ("cu_seqlens_q", "seqused_q", "cu_seqlens_k_new", "leftpad_k")
 class MetadataPlan:
     """The scheduler metadata of layers that attend alike, kept in one buffer and refreshed once a step.
 
-    Everything static is fixed here: FA3's `num_splits`, `pack_gqa` and tile are resolved once, and the forward is
-    handed the same numbers, so the two sides cannot disagree. `update` refreshes the buffer with one launch;
-    `forward_arguments` gives what the forward needs and refuses a forward that the metadata was not made for.
+    Everything static is fixed here: FA3's `num_splits`, `pack_gqa` and tile are resolved, once for each batch size, and
+    the forward is handed the same numbers, so the two sides cannot disagree. `update` refreshes the buffer with one
+    launch; `forward_arguments` gives what the forward needs and refuses a forward that the metadata was not made for.
 
     Arguments are those of `get_scheduler_metadata`, and:
         max_batch_size: the largest batch; the buffer is allocated for it.
@@ -75,8 +75,9 @@ class MetadataPlan:
         self.max_batch_size = checked_int("max_batch_size", max_batch_size, 0)
         self.varying = tuple(name for name in VARYING if name in varying)
         self.build, self._rules = resolve_build(build)
-        self._not_taken = provider_of(self.build).forward_lacks
-        for name, value, only in (("pack_gqa", pack_gqa, None), ("sm_margin", sm_margin, 0)):
+        self._not_taken = self._rules.forward_lacks
+        for name, value, only in (("num_splits", num_splits, 0), ("pack_gqa", pack_gqa, None),
+                                  ("sm_margin", sm_margin, 0)):  # fmt: skip
             if name in self._not_taken and value != only:
                 raise ValueError(f"{name} must be {only} for {self.build}, whose forward takes none, got {value!r}")
         self.device = _indexed(torch.device(device))
@@ -109,13 +110,15 @@ class MetadataPlan:
             batch_invariant=batch_invariant,
             max_partial_bytes=max_partial_bytes,
         )
-        if policy != "fa3" and num_splits == 0:  # one bound for every batch: that of the largest
-            self.problem = replace(self.problem, num_splits=make_plan(self.problem, self._rules).num_splits)
+        self._bound = num_splits
+        largest_served = min(max_batch_size, self._rules.most_split_by_metadata)
+        served = make_plan(replace(self.problem, batch_size=largest_served), self._rules)
+        if served.costs is not None and "num_splits" not in self._not_taken:  # "balanced": one bound for every batch
+            self._bound = served.num_splits
         self._resolved: dict[int, ResolvedCall] = {}
         self._some_resolved: dict[bool, ResolvedCall] = {}  # of a batch up to 992, and of one above
         self._fitting: set[tuple[ResolvedCall, Problem]] = set()  # forwards that were found to fit
-        resolved = self.resolved(self.max_batch_size).plan
-        self.num_splits, self.pack_gqa, self.sm_margin = resolved.num_splits, resolved.pack_gqa, sm_margin
+        self.sm_margin = sm_margin
         # Layouts of batches with dynamic splits may have a row more.
         some = {min(batch, self.max_batch_size) for batch in (1, MAX_DYNAMIC_SPLIT_BATCH, self.max_batch_size)}
         rows = max(len(self.resolved(batch).plan.layout.row_names) for batch in some)
@@ -128,9 +131,28 @@ class MetadataPlan:
         if (found := self._resolved.get(batch_size)) is None:
             like = self._some_resolved.get(batch_size > MAX_DYNAMIC_SPLIT_BATCH)
             found = None if like is None else like.like_this(batch_size, self.problem.max_seqlen_k)
-            found = found or resolve(replace(self.problem, batch_size=batch_size), self._rules)
+            found = found or resolve(self._problem_of(batch_size), self._rules)
             self._resolved[batch_size] = self._some_resolved[batch_size > MAX_DYNAMIC_SPLIT_BATCH] = found
         return found
+
+    def _problem_of(self, batch_size: int) -> Problem:
+        bound = self._bound if batch_size <= self._rules.most_split_by_metadata else self.problem.num_splits
+        return replace(self.problem, batch_size=batch_size, num_splits=bound)
+
+    @property
+    def num_splits(self) -> int:
+        """What the forward is told for the batch of the last update; before the first, for the largest batch."""
+        return self._latest.plan.layout.num_splits
+
+    @property
+    def pack_gqa(self) -> bool:
+        """Likewise."""
+        return self._latest.plan.pack_gqa
+
+    @property
+    def _latest(self) -> ResolvedCall:
+        step = self._group._step
+        return self.resolved(self.max_batch_size) if step is None else step.resolved[self._place]
 
     def update(
         self,
@@ -187,7 +209,7 @@ class MetadataPlan:
 
     def _check_call(self, call: ForwardCall, metadata: torch.Tensor) -> None:
         resolved = self.resolved(self._group.batch_size)
-        asked = call.problem(self.problem.arch, self.problem.num_sms)
+        asked = call.problem(self.problem.arch, self.problem.num_sms, self._rules)
         if metadata.device != call.device:
             raise ValueError(f"q must be on {metadata.device} like the plan, got {call.device}")
         if (resolved, asked) not in self._fitting:
@@ -207,7 +229,12 @@ class MetadataPlan:
                 f"page_table (or the unpaged cache) must hold at most max_seqlen_k = {made.max_seqlen_k} tokens, "
                 f"which the plan was made for, got {asked.max_seqlen_k}"
             )
-        asked = replace(asked, num_splits=self.num_splits, pack_gqa=self.pack_gqa, sm_margin=self.sm_margin)
+        told: dict[str, Any] = {
+            "num_splits": made_plan.layout.num_splits,
+            "pack_gqa": made_plan.pack_gqa,
+            "sm_margin": self.sm_margin,
+        }
+        asked = replace(asked, **{name: value for name, value in told.items() if name not in self._not_taken})
         seen = make_plan(asked, self._rules)
         for name in ("is_causal", "is_local", "block_m", "block_n", "layout"):
             wanted, got = getattr(made_plan, name), getattr(seen, name)

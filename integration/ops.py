@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from .arguments import LengthTensors
-from .triton_kernels.layout import padded
-from .triton_kernels.plan import MAX_DYNAMIC_SPLIT_BATCH
+from .triton_kernels.builds import MAX_DYNAMIC_SPLIT_BATCH
 
 _ARGUMENTS = (
     "Tensor cache_seqlens, SymInt batch_size, SymInt max_seqlen_q, SymInt max_seqlen_k, SymInt num_heads, "
@@ -19,7 +18,8 @@ _ARGUMENTS = (
     "Tensor? cu_seqlens_k, Tensor? cu_seqlens_k_new, Tensor? seqused_q, Tensor? leftpad_k, SymInt? page_size, "
     "SymInt max_seqlen_k_new, bool causal, SymInt window_left, SymInt window_right, SymInt attention_chunk, "
     "bool has_softcap, SymInt num_splits, bool? pack_gqa, SymInt sm_margin, str? build, str policy, str backend, "
-    "SymInt? arch, SymInt? num_sms, bool batch_invariant, SymInt max_partial_bytes"
+    "SymInt? arch, SymInt? num_sms, bool batch_invariant, SymInt max_partial_bytes, "
+    "SymInt? total_q, bool forward_is_told"
 )
 
 
@@ -70,14 +70,15 @@ def _(*args: Any, **kwargs: Any) -> torch.Tensor:
     def layout(batch: int) -> Any:
         return plan_call(static | {"batch_size": batch}, lengths.device)[3].layout
 
-    if arguments["policy"] != "fa3":  # its bound on splits, and with it vLLM's rows, depends on the batch size
-        return lengths.new_empty(layout(_plain(batch_size)).size, dtype=torch.int32)
     few, many = layout(1), layout(MAX_DYNAMIC_SPLIT_BATCH + 1)
+    # The bound on splits of the policy, and that of some builds, depends on the batch size. So do, with it, vLLM's rows
+    # and whether there is a semaphore on sm_8x.
+    if arguments["policy"] != "fa3" or few.has_semaphore != many.has_semaphore:
+        return lengths.new_empty(layout(_plain(batch_size)).size, dtype=torch.int32)
     # In this order, so that the batch size is guarded only where it matters.
     if len(few.row_names) != len(many.row_names) and batch_size > MAX_DYNAMIC_SPLIT_BATCH:
         few = many
-    size = len(few.row_names) * padded(batch_size) + int(few.has_semaphore)
-    return lengths.new_empty(size, dtype=torch.int32)
+    return lengths.new_empty(few.size_for(batch_size), dtype=torch.int32)
 
 
 @get_scheduler_metadata_out_op.register_fake

@@ -133,7 +133,7 @@ def wrap_forward(
     names = tuple(parameters)
     if "scheduler_metadata" not in parameters:
         raise TypeError(f"forward must take scheduler_metadata, got {forward!r} with {', '.join(names)}")
-    takes_pack_gqa = "pack_gqa" in parameters
+    takes = {name for name in ("num_splits", "pack_gqa") if name in parameters}
     told: set[str] = set()
 
     @functools.wraps(forward)
@@ -149,9 +149,9 @@ def wrap_forward(
                 told.add(str(error))
                 _log.debug("%s is called without our metadata: %s", forward.__name__, error)
             return forward(*args, **kwargs)
-        ours: dict[str, Any] = {"scheduler_metadata": made.metadata, "num_splits": made.plan.num_splits}
-        if takes_pack_gqa:
-            ours["pack_gqa"] = made.plan.pack_gqa
+        ours: dict[str, Any] = {"scheduler_metadata": made.metadata}
+        for name in takes:
+            ours[name] = getattr(made.plan.layout, name)
         return forward(**call | ours)
 
     with_metadata.__fa3_metadata__ = chosen  # type: ignore[attr-defined]
@@ -171,13 +171,13 @@ def _current_scope() -> _Scope | None:
 def _find_or_make(scope: _Scope, asked: ForwardCall, rules: FA3Rules, chosen: SchedulePolicy) -> _Made:
     if reason := asked.unsupported_reason():
         raise NotImplementedError(reason)
-    problem = chosen.of(asked.problem(*device_facts(asked.device, None, None)), asked.device)
+    problem = chosen.of(asked.problem(*device_facts(asked.device, None, None), rules), asked.device)
     tensors = asked.lengths()
     inputs = tuple(tensor for tensor in tensors.pointers() if tensor is not None)
     identity = tuple((t.data_ptr(), t.dtype, t.stride(), _version(t)) for t in inputs)
     # Another stream may not have waited for the launch on this one, so it makes its own.
     stream = torch.cuda.current_stream(asked.device).cuda_stream if asked.device.type == "cuda" else 0
-    key = (problem, identity, stream)
+    key = (rules, problem, identity, stream)
     layer = asked.k_cache.data_ptr()
     made = scope.made.get(key)
     if made is None or layer in made.layers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import fa3_metadata
@@ -43,7 +44,7 @@ def test_signature_is_that_of_sglang_kernel_with_keyword_only_extras() -> None:
         ("pack_gqa", None), ("sm_margin", 0),
     ]  # fmt: skip
     extras = [("build", None), ("out", None), ("policy", "fa3"), ("backend", "auto"), ("arch", None), ("num_sms", None)]
-    extras += [("batch_invariant", False), ("max_partial_bytes", 2**28)]
+    extras += [("batch_invariant", False), ("max_partial_bytes", 2**28), ("total_q", None), ("forward_is_told", True)]
     expected = [(name, default, False) for name, default in positional] + [(n, d, True) for n, d in extras]
     assert parameters(fa3_metadata.get_scheduler_metadata) == expected
     same = {"cache_seqlens": None} | {name: default for name, default in positional if name != "cache_seqlens"}
@@ -112,7 +113,8 @@ def test_cu_seqlens_k_is_accepted_and_ignored() -> None:
     [
         ({}, "sglang-kernel-0.4.2"),
         ({"vllm": "0.33.0"}, "vllm-0.33.0"),
-        ({"flash-attn-3": "3.0.0", "vllm": "0.33.1"}, "vllm-0.33.1"),
+        ({"flash-attn-3": "3.0.0", "vllm": "0.27.1"}, "vllm-0.27.1"),
+        ({"fa3-fwd": "0.0.3"}, "fa3-fwd-0.0.3"),
         ({"sgl-kernel": "0.3.21", "sglang-kernel": "0.4.2.post1"}, "sglang-kernel-0.4.2.post1"),
         ({"sgl-kernel": "0.3.20", "vllm": "0.33.0"}, "sgl-kernel-0.3.20"),
     ],
@@ -140,15 +142,68 @@ def test_environment_overrides_detection(monkeypatch: pytest.MonkeyPatch) -> Non
         ("sgl-kernel-0.3.20", builds.UPSTREAM),
         ("sgl-kernel-0.3.21+cu130", builds.UPSTREAM),
         ("sgl_kernel-0.3.21", builds.UPSTREAM),
+        ("sgl-kernel-0.1.0", builds.SGL_LEGACY),
+        ("sgl-kernel-0.3.16", builds.SGL_LEGACY),
+        ("sgl-kernel-0.3.16.post1", builds.UPSTREAM),  # the layout changed at a .post
         ("sglang-kernel-0.4.0", builds.SGLANG),
-        ("sglang-kernel-0.4.10.post2", builds.SGLANG),
+        ("sglang-kernel-0.4.2.post2", builds.SGLANG),
+        ("sglang-kernel-0.4.5", builds.SGLANG_0_4_5),
+        ("sglang-kernel-0.4.6.post1+cu130", builds.SGLANG_0_4_5),
+        ("sglang-kernel-0.4.10", builds.SGLANG_0_4_5),
+        ("vllm-0.8.5.post1", builds.VLLM_0_8_5),
+        ("vllm-0.9.0.1", builds.VLLM_0_8_5),
+        ("vllm-0.10.0", builds.VLLM_0_8_5),
+        ("vllm-0.10.1.1", builds.VLLM_0_10_1),
+        ("vllm-0.11.0", builds.VLLM_0_10_1),
+        ("vllm-0.11.1", builds.VLLM_0_11_1),
+        ("vllm-0.16.0", builds.VLLM_0_11_1),
+        ("vllm-0.17.0", builds.VLLM_0_17),
+        ("vllm-0.18.1", builds.VLLM_0_17),
+        ("vllm-0.19.0", builds.VLLM),
         ("vllm-0.33.0", builds.VLLM),
+        ("fa3-fwd-0.0.3", builds.UPSTREAM),
         ("flash-attn-3-3.0.0", builds.UPSTREAM),
         ("flash_attn_3-3.0", builds.UPSTREAM),
     ],
 )
 def test_any_version_of_a_known_package_has_its_rules(build: str, rules: builds.FA3Rules) -> None:
     assert builds.rules_for(build) is rules
+
+
+@pytest.mark.parametrize(
+    "build",
+    ["sgl-kernel-0.0.9", "sgl-kernel-0.3.21.post1", "sglang-kernel-0.4.4.post1", "sglang-kernel-0.4.10.post1",
+     "sglang-kernel-0.4.11", "vllm-0.8.4", "vllm-0.18.2", "vllm-0.33.1", "vllm-0.34.0", "fa3-fwd-0.0.2",
+     "vllm-0.33.0rc1", "vllm-0.33.0.dev4", "vllm-1.2.3.4.5"],
+)  # fmt: skip
+def test_a_version_without_evidence_says_what_to_do(build: str) -> None:
+    with pytest.raises(ValueError, match=r"is not supported .*Install a supported version, or, if you know"):
+        builds.rules_for(build)
+
+
+@pytest.mark.parametrize(
+    ("older", "newer"),
+    [("0.3.16", "0.3.16.post1"), ("0.3.16.post6", "0.3.17"), ("0.9.0", "0.9.0.1"), ("0.9.0.1", "0.9.1"),
+     ("0.4.9", "0.4.10"), ("0.4.6", "0.4.6.post1+cu130"), ("3.0", "3.0.1")],
+)  # fmt: skip
+def test_versions_compare_as_versions(older: str, newer: str) -> None:
+    assert builds.version_key(older) < builds.version_key(newer)
+
+
+def test_ranges_of_releases_are_in_order_and_apart() -> None:
+    for package in builds.PACKAGES:
+        ends = [builds.version_key(v) for r in builds.RELEASES if r.package == package for v in (r.oldest, r.newest)]
+        assert all(ends)
+        assert ends == sorted(ends)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"rows": (("num_keys", "always"),)}, {"rows": (("num_m_blocks", "sometimes"),)},
+              {"packs_with_splits": "never"}, {"splits_count": "sequences"}],
+)  # fmt: skip
+def test_rules_that_nothing_understands_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="upstream"):
+        replace(builds.UPSTREAM, **wrong)
 
 
 def test_works_without_triton() -> None:

@@ -102,7 +102,8 @@ def test_every_argument_arrives_under_our_name(monkeypatch: pytest.MonkeyPatch) 
     for name, value in values.items():
         assert seen.pop(renamed.get(name, name)) == value
     assert seen.pop("out").shape == (3,)
-    assert seen == {"build": BUILD, "policy": "fa3", "cu_seqlens_k": None, "seqused_q": None, "attention_chunk": 0}
+    ours = {"cu_seqlens_k": None, "seqused_q": None, "attention_chunk": 0, "forward_is_told": False}
+    assert seen == {"build": BUILD, "policy": "fa3"} | ours
 
 
 @pytest.mark.parametrize("splits", [1, 7, 32])
@@ -146,7 +147,7 @@ def test_balanced_stays_within_what_the_forward_has_room_for(
     assert adapter.attach(in_place, "balanced").policy == "balanced"
     made = gqa_builder(graphs=splits > 0, splits=splits, max_batch_size=1000).build(batch)
     bound = splits or fa3_bound
-    assert [(call["policy"], call["num_splits"]) for call in seen] == [("balanced", bound)]
+    assert [(c["policy"], c["num_splits"], c["forward_is_told"]) for c in seen] == [("balanced", splits, False)]
     check(made, expected(batch, bound, policy="balanced"), batch.size)
     assert made.shape == expected(batch, splits).shape, "vLLM's buffer is made for it"
 

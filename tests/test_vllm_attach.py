@@ -158,7 +158,7 @@ def test_a_failure_halfway_is_undone(root: pathlib.Path) -> None:
     assert import_module(adapter.FA_UTILS).get_scheduler_metadata is not adapter.get_scheduler_metadata
 
 
-@pytest.mark.parametrize("version", ["0.32.0", "0.34.0", "0.33.1.dev4+gabcdef"])
+@pytest.mark.parametrize("version", ["0.8.4", "0.34.0", "0.33.1.dev4+gabcdef"])
 def test_unsupported_versions_are_refused(root: pathlib.Path, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(BUILD_VARIABLE)
     monkeypatch.setattr(adapter, "_vllm_version", {"vllm": version}.get)

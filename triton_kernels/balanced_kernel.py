@@ -63,7 +63,7 @@ def fastest_blocks_per_split(
     # sequence, which it reads itself, so that nothing is exchanged between warps but the answer.
     k = tl.arange(0, HALF)[:, None, None]
     j = tl.arange(0, GROUP // WARP)[None, :, None] * WARP + tl.arange(0, WARP)[None, None, :] + (k & HALF)
-    _, num_m, num_n = num_blocks(lengths, strides, j, j < batch_size, shape, WINDOW)
+    _, num_m, num_n = num_blocks(lengths, strides, j, j < batch_size, shape, WINDOW, SHORT)
     work = work_of(num_m, num_n, causal_saving)
     longest = tl.max(tl.max(num_n, axis=1, keep_dims=True), axis=2, keep_dims=True)
     batch = (num_m, num_n, work, _of_all(work), longest)

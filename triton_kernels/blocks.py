@@ -5,6 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .problem import SHORT_LIMIT
+
+MOST = tl.constexpr(SHORT_LIMIT)
+
 
 @triton.jit
 def load_lengths(lengths, stride, i, mask):
@@ -26,10 +30,12 @@ def floor_div_tile(tokens, tile):
 
 
 @triton.jit
-def num_blocks(lengths, strides, i, mask, shape, WINDOW: tl.constexpr):
+def num_blocks(lengths, strides, i, mask, shape, WINDOW: tl.constexpr, SHORT: tl.constexpr):
     """Query rows, query blocks and key blocks of sequences `i`; zero where `mask` is off.
 
-    With WINDOW only the key blocks that the last query block reads, as in `BlockMN` (hopper/block.h).
+    SHORT holds only if no length is beyond MOST. One that is, such as a row of padding that nobody has set, counts as
+    MOST, so that the places of the order stay within the tensor. With WINDOW only the key blocks that the last query
+    block reads, as in `BlockMN` (hopper/block.h).
     """
     max_seqlen_q, max_seqlen_k_new, q_heads_per_row, tile_m, tile_n, window_left, attention_chunk = shape
     cache_seqlens, cu_seqlens_q, seqused_q, cu_seqlens_k_new, leftpad_k = lengths
@@ -51,7 +57,10 @@ def num_blocks(lengths, strides, i, mask, shape, WINDOW: tl.constexpr):
 
     seqlen_q = tl.maximum(seqlen_q, 0)
     seqlen_k = tl.maximum(seqlen_k, 0)
-    rows = seqlen_q * q_heads_per_row
+    rows = tl.maximum(seqlen_q * q_heads_per_row, 0)
+    if SHORT:
+        seqlen_k = tl.minimum(seqlen_k, MOST)
+        rows = tl.minimum(rows, MOST)
     num_m_blocks = cdiv_tile(rows, tile_m[0], tile_m[1])
     num_n_blocks = cdiv_tile(seqlen_k, tile_n[0], tile_n[1])
     if WINDOW:

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .balanced_kernel import balanced_split, fastest_blocks_per_split, group_load, work_of
 from .blocks import cdiv, num_blocks
-from .plan import MAX_DYNAMIC_SPLIT_BATCH
+from .builds import MAX_DYNAMIC_SPLIT_BATCH
 
 try:
     from triton.language.extra.cuda import gdc_wait
@@ -30,6 +30,8 @@ _NUMBERS = [
 ]  # fmt: skip
 _POINTERS = ["out", "table", "cache_seqlens", "cu_seqlens_q", "seqused_q", "cu_seqlens_k_new", "leftpad_k"]
 TABLE_COLUMNS = tl.constexpr(19)
+# Where the semaphore is (SEMAPHORE).
+NO_SEMAPHORE, SEMAPHORE_FIRST, SEMAPHORE_LAST = (tl.constexpr(i) for i in range(3))
 # How splits are found (SPLITS): not at all, by FA3's rule, or by policy "balanced" in one of three ways.
 ONE_SPLIT, FA3_RULE, SEARCH, LOAD, FIXED = (tl.constexpr(i) for i in range(5))
 
@@ -55,12 +57,13 @@ def _write_metadata(
     q_heads_per_row, tile_m, tile_n, num_splits, num_heads, heads_per_l2_head, max_kvblocks_in_l2, is_causal,
     load_factor, window_left, attention_chunk, fixed_blocks, causal_saving, tile_cost, alone_cost, split_cost,
     SPLITS_ROW: tl.constexpr, M_BLOCKS_ROW: tl.constexpr, SEQLEN_Q_ROW: tl.constexpr, BATCH_IDX_ROW: tl.constexpr,
-    NHEADS_ROW: tl.constexpr, NUM_ROWS: tl.constexpr, HAS_SEMAPHORE: tl.constexpr, SPLITS: tl.constexpr,
-    WINDOW: tl.constexpr, SHORT: tl.constexpr, SLICE: tl.constexpr, GROUP: tl.constexpr,
+    NHEADS_ROW: tl.constexpr, NUM_ROWS: tl.constexpr, ALIGNMENT: tl.constexpr, SEMAPHORE: tl.constexpr,
+    SPLITS: tl.constexpr, WINDOW: tl.constexpr, SHORT: tl.constexpr, SLICE: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Program (x, y) writes the metadata of slice x of group y; the first one the semaphore too.
 
-    `out` is int32, laid out by the ..._ROW constants (the place of each row; -1: not in this layout). `lengths` are
+    `out` is int32, laid out by the ..._ROW constants (the place of each row; -1: not in this layout), the ALIGNMENT of
+    rows in elements and SEMAPHORE. `lengths` are
     pointers to cache_seqlens, cu_seqlens_q, seqused_q, cu_seqlens_k_new and leftpad_k, int32, int64 or None, and
     `strides` theirs in elements. `tile_m`, `tile_n`: kBlockM and kBlockN, each with its multiplier (blocks.cdiv_tile).
     `load_factor`: float32, makes the load of an SM of the total; for FA3's rule approximate as in reciprocal.py. What
@@ -70,7 +73,7 @@ def _write_metadata(
     """
     group_start = tl.program_id(1) * SORT_GROUP
     group_end = tl.minimum(group_start + SORT_GROUP, batch_size)
-    row_stride = tl.cdiv(batch_size, 4) * 4
+    row_stride = tl.cdiv(batch_size, ALIGNMENT) * ALIGNMENT
     first = group_start + tl.program_id(0) * SLICE
     i = first + tl.arange(0, SLICE)  # [SLICE]  the sequences this program writes
     mine = i < group_end
@@ -79,8 +82,8 @@ def _write_metadata(
 
     # lengths -> blocks
     shape = (max_seqlen_q, max_seqlen_k_new, q_heads_per_row, tile_m, tile_n, window_left, attention_chunk)
-    rows, num_m, num_n = num_blocks(lengths, strides, i, mine, shape, WINDOW)
-    _, group_m, group_n = num_blocks(lengths, strides, j, in_group, shape, WINDOW)
+    rows, num_m, num_n = num_blocks(lengths, strides, i, mine, shape, WINDOW, SHORT)
+    _, group_m, group_n = num_blocks(lengths, strides, j, in_group, shape, WINDOW, SHORT)
 
     # blocks -> total -> splits. FA3's order of rounding: each product to float32, a 10 % margin.
     splits = tl.full((SLICE,), 1, tl.int32)
@@ -122,6 +125,9 @@ def _write_metadata(
     # order -> rows, padded with zeros
     written = i < tl.minimum(group_start + SORT_GROUP, row_stride)
     out_rows = out + tl.where(mine, position, i)
+    if SEMAPHORE == SEMAPHORE_FIRST:
+        tl.store(out, 0, mask=first == 0)
+        out_rows += 1
     if SPLITS_ROW >= 0:
         tl.store(out_rows + SPLITS_ROW * row_stride, tl.where(mine, splits, 0), mask=written)
     if M_BLOCKS_ROW >= 0:
@@ -138,7 +144,7 @@ def _write_metadata(
         kv_heads = tl.where(blocks * 16 <= max_kvblocks_in_l2, 16, kv_heads)
         nheads = tl.minimum(kv_heads * heads_per_l2_head, num_heads)
         tl.store(out_rows + NHEADS_ROW * row_stride, tl.where(mine, nheads, 0), mask=written)
-    if HAS_SEMAPHORE:
+    if SEMAPHORE == SEMAPHORE_LAST:
         tl.store(out + NUM_ROWS * row_stride, 0, mask=first == 0)
 
 
@@ -162,7 +168,7 @@ def prepare_varlen_num_blocks_kernel(
         max_kvblocks_in_l2, is_causal, load_factor, window_left, attention_chunk, fixed_blocks, causal_saving,
         tile_cost, alone_cost, split_cost,
         LAYOUT[0], LAYOUT[1], LAYOUT[2], LAYOUT[3], LAYOUT[4], LAYOUT[5],
-        LAYOUT[6], LAYOUT[7], LAYOUT[8], LAYOUT[9], SLICE, GROUP,
+        LAYOUT[6], LAYOUT[7], LAYOUT[8], LAYOUT[9], LAYOUT[10], SLICE, GROUP,
     )  # fmt: skip
 
 
@@ -192,7 +198,7 @@ def prepare_layer_groups_kernel(
                 tl.load(row + 12), tl.load(row + 13), _load_float(row + 14), _load_float(row + 15),
                 _load_float(row + 16), _load_float(row + 17),
                 LAYOUTS[z][0], LAYOUTS[z][1], LAYOUTS[z][2], LAYOUTS[z][3], LAYOUTS[z][4], LAYOUTS[z][5],
-                LAYOUTS[z][6], LAYOUTS[z][7], LAYOUTS[z][8], LAYOUTS[z][9], SLICE, GROUP,
+                LAYOUTS[z][6], LAYOUTS[z][7], LAYOUTS[z][8], LAYOUTS[z][9], LAYOUTS[z][10], SLICE, GROUP,
             )  # fmt: skip
 
 

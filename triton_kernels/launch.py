@@ -17,10 +17,11 @@ import triton
 
 from . import kernel
 from .balance import Costs
+from .builds import MAX_DYNAMIC_SPLIT_BATCH
 from .driver import DriverLaunch, LoadedKernel, load
 from .kernel import TABLE_COLUMNS, prepare_layer_groups_kernel, prepare_varlen_num_blocks_kernel
-from .layout import padded
-from .plan import MAX_DYNAMIC_SPLIT_BATCH, LaunchPlan
+from .layout import ROWS, padded
+from .plan import LaunchPlan
 from .problem import DEFAULT_GPU, Problem
 from .reciprocal import approximate_reciprocal
 from .shapes import GROUPS, MANY, shipped_shapes
@@ -33,8 +34,13 @@ _NO_COSTS = Costs(0.0, 0.0, 0.0)
 _ONE_SPLIT, _FA3_RULE, _SEARCH, _LOAD, _FIXED = (
     int(way.value) for way in (kernel.ONE_SPLIT, kernel.FA3_RULE, kernel.SEARCH, kernel.LOAD, kernel.FIXED)
 )
+_NO_SEMAPHORE, _SEMAPHORE_FIRST, _SEMAPHORE_LAST = (
+    int(place.value) for place in (kernel.NO_SEMAPHORE, kernel.SEMAPHORE_FIRST, kernel.SEMAPHORE_LAST)
+)
 _UNIT_STRIDES = (1, 1, 1, 1, 1)
 _ROWS = ("num_splits_dynamic", "num_m_blocks", "packed_seqlen_q", "varlen_batch_idx", "num_nheads_in_l2")
+if set(_ROWS) != set(ROWS):  # a row that nobody writes would be read as it was
+    raise ImportError(f"the kernels write the rows {', '.join(_ROWS)}, but layouts may have {', '.join(ROWS)}")
 
 
 def launch_shape(batch_size: int, is_sorted: bool, balanced: bool, gpu: str = DEFAULT_GPU) -> tuple[int, int, int]:
@@ -256,11 +262,14 @@ def _multiplier(tile: int) -> int:
 
 
 def layout_constants(plan: LaunchPlan) -> tuple[Any, ...]:
-    """Place of each of _ROWS or -1, number of rows, whether there is a semaphore, SPLITS, WINDOW, SHORT."""
-    names = plan.layout.row_names
+    """Place of each of _ROWS or -1, number of rows, their alignment, SEMAPHORE, SPLITS, WINDOW, SHORT."""
+    layout, names = plan.layout, plan.layout.row_names
     places = (names.index(row) if row in names else -1 for row in _ROWS)
+    semaphore = _NO_SEMAPHORE
+    if layout.has_semaphore:
+        semaphore = _SEMAPHORE_FIRST if layout.semaphore_first else _SEMAPHORE_LAST
     window = plan.costs is not None and plan.is_local
-    return (*places, len(names), plan.layout.has_semaphore, _splits_constant(plan), window, plan.is_short)
+    return (*places, len(names), layout.row_alignment, semaphore, _splits_constant(plan), window, plan.is_short)
 
 
 def _splits_constant(plan: LaunchPlan) -> int:

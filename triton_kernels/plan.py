@@ -13,12 +13,11 @@ from functools import lru_cache
 import numpy as np
 
 from .balance import Costs, balanced_num_splits, costs_of
-from .builds import MIB, FA3Rules, unsupported_reason
+from .builds import MAX_DYNAMIC_SPLIT_BATCH, MIB, FA3Rules, unsupported_reason
 from .layout import MetadataLayout
-from .problem import Problem, unchecked_replace
+from .problem import SHORT_LIMIT, Problem, unchecked_replace
 from .tiles import find_tile
 
-MAX_DYNAMIC_SPLIT_BATCH = 992  # above it FA3 stops splitting; also the size of a sorting group
 MAX_BALANCED_M_BLOCKS = 8  # with more query blocks a call is a prefill, which FA3's rule serves
 _L2_BYTES_FOR_SPLITS = 50 * MIB
 _MAX_HEURISTIC_SPLITS = 128
@@ -28,6 +27,7 @@ _MAX_HEURISTIC_SPLITS = 128
 class LaunchPlan:
     """What the device side is launched with: the answer of the host-side rules. Sizes are in tokens or rows."""
 
+    rules: FA3Rules
     is_causal: bool  # after FA3's normalisation of the mask
     is_local: bool
     window_size: tuple[int, int]  # as the mask uses it: open ends filled in
@@ -36,7 +36,8 @@ class LaunchPlan:
     block_m: int  # kBlockM: query rows of a tile
     block_n: int  # kBlockN: keys of a block
     num_sms: int  # after sm_margin
-    num_splits: int  # upper bound; pass the same number to the forward
+    splits_tile: tuple[int, int]  # kBlockM and kBlockN with which the bound on splits is found
+    num_splits: int  # upper bound; layout.num_splits is what the forward is told
     num_splits_reason: str
     pack_gqa: bool  # pass the same to the forward
     pack_gqa_reason: str
@@ -48,7 +49,7 @@ class LaunchPlan:
     costs: Costs | None  # policy "balanced"; None: FA3's rule
     attention_chunk: int  # in tokens; 0: none
     max_seqlen_q: int  # in tokens
-    is_short: bool  # no sequence has 2^24 tokens or query rows
+    is_short: bool  # no sequence is meant to have more than SHORT_LIMIT tokens or query rows; one that has is cut
     layout: MetadataLayout
 
     @property
@@ -57,6 +58,10 @@ class LaunchPlan:
         batch = self.layout.batch_size
         tiles = batch * self.num_heads * -(-self.max_seqlen_q * self.q_heads_per_row // self.block_m)
         return batch <= 64 or (batch <= 256 and 2 * tiles <= 3 * self.num_sms)
+
+    def for_batch(self, batch_size: int) -> LaunchPlan:
+        """The same for another batch size, where `sizes_alone_differ`."""
+        return unchecked_replace(self, layout=unchecked_replace(self.layout, batch_size=batch_size))
 
     @property
     def share_of_load(self) -> float:
@@ -76,8 +81,10 @@ def make_plan(problem: Problem, rules: FA3Rules) -> LaunchPlan:
         raise ValueError(reason)
     p, group = problem, problem.q_heads_per_kv_head
     is_causal, is_local, window = _normalise_mask(p)
-    uses_one_wg = _uses_one_wg(p, rules, is_local)
-    flags = _tile_flags(p, is_causal, is_local, uses_one_wg)
+    mask_flags = _tile_flags(p, is_causal, is_local)
+    flags = mask_flags
+    if not rules.packs_first:
+        flags |= _one_wg_flag(p, rules, is_local, True)
     num_sms = p.num_sms - p.sm_margin
 
     paged = p.page_size is not None
@@ -91,45 +98,68 @@ def make_plan(problem: Problem, rules: FA3Rules) -> LaunchPlan:
         and p.page_size % block_n == 0
         and p.max_seqlen_q * group > block_m
     )
-    if paged and not paged_kv_tma:
+    paged_non_tma = paged and not paged_kv_tma
+    if paged_non_tma:
+        mask_flags |= {"paged_non_tma"}
         flags |= {"paged_non_tma"}
+    if rules.packs_first:
+        block_m, _ = _tile(p, rules, flags)
+        first_pack_gqa, _ = _resolve_pack_gqa(p, rules, block_m, 0, paged_non_tma, is_local)
+        flags |= _one_wg_flag(p, rules, is_local, first_pack_gqa)
 
     # sm_8x picks its tile by whether there are splits, and the number of splits by the tile: FA3 breaks
     # the circle by counting blocks as if there were.
-    block_m, block_n = _tile(p, rules, flags | {"split"})
-    balanced = p.policy == "balanced" and p.max_seqlen_q * group <= MAX_BALANCED_M_BLOCKS * block_m
+    splits_tile = block_m, block_n = _tile(p, rules, flags | {"split"})
+    balanced = (
+        p.policy == "balanced"
+        and p.max_seqlen_q * group <= MAX_BALANCED_M_BLOCKS * block_m
+        and p.batch_size <= rules.most_split_by_metadata
+    )
+    # Only a forward that is told the bound has room for ours; another one has room for FA3's.
+    own_bound = balanced and p.forward_is_told and "num_splits" not in rules.forward_lacks
     if p.num_splits:
         num_splits, splits_reason = p.num_splits, "given"
     else:
         keys_read = _keys_read(p, block_m, is_local, window)
-        num_splits, splits_reason = _resolve_num_splits(
-            p, p.max_seqlen_k, keys_read, num_sms, block_m, block_n, is_causal or is_local
-        )
-        if balanced:
+        bound = (keys_read, num_sms, block_m, block_n, is_causal or is_local)
+        if own_bound:
             tiles = p.num_heads_k * -(-p.max_seqlen_q * group // block_m)
-            num_splits = balanced_num_splits(p, tiles, -(-keys_read // block_n), num_sms, num_splits)
+            fa3, _ = _resolve_num_splits(p, tiles, *bound)
+            num_splits = balanced_num_splits(p, tiles, -(-keys_read // block_n), num_sms, fa3)
             splits_reason = "what may pay, within max_partial_bytes"
+        else:
+            num_splits, splits_reason = _resolve_num_splits(p, _tiles_counted(p, rules, block_m), *bound)
+    if rules.packs_first:
+        flags = mask_flags | _one_wg_flag(p, rules, is_local, num_splits > 1)
     block_m, block_n = _tile(p, rules, flags | ({"split"} if num_splits > 1 else set()))
-    pack_gqa, pack_reason = _resolve_pack_gqa(p, rules, block_m, num_splits, paged and not paged_kv_tma, is_local)
+    pack_gqa, pack_reason = _resolve_pack_gqa(p, rules, block_m, num_splits, paged_non_tma, is_local)
+    if rules.packs_with_splits == "only":
+        pack_gqa, pack_reason = num_splits > 1, "this build packs with splits, and only then"
 
     beyond = balanced and rules.splits_beyond_992
     dynamic_splits = num_splits > 1 and (p.batch_size <= MAX_DYNAMIC_SPLIT_BATCH or beyond)
+    told = num_splits  # what the forward is to be told
+    if rules.one_split_drops_row and num_splits == 1 and not (p.num_splits or own_bound):
+        told = 0
     conditions = {
         "always": True,
         "sort": rules.sorts_batches and not is_local,
         "swizzle": is_causal or is_local,
         "dynamic_splits": dynamic_splits,
+        "dynamic_row": p.batch_size <= MAX_DYNAMIC_SPLIT_BATCH and not (rules.one_split_drops_row and told == 1),
     }
     kv_block_bytes = block_n * (p.headdim + p.value_headdim) * p.element_size
     return LaunchPlan(
+        rules=rules,
         is_causal=is_causal,
         is_local=is_local,
         window_size=window,
-        uses_one_wg=uses_one_wg,
+        uses_one_wg="one_wg" in flags,
         paged_kv_tma=paged_kv_tma,
         block_m=block_m,
         block_n=block_n,
         num_sms=num_sms,
+        splits_tile=splits_tile,
         num_splits=num_splits,
         num_splits_reason=splits_reason,
         pack_gqa=pack_gqa,
@@ -142,13 +172,15 @@ def make_plan(problem: Problem, rules: FA3Rules) -> LaunchPlan:
         costs=costs_of(p, _compiled_kernel(p, block_m, block_n)) if balanced else None,
         attention_chunk=p.attention_chunk,
         max_seqlen_q=p.max_seqlen_q,
-        is_short=_is_short(p, p.max_seqlen_k, block_m, block_n),
+        is_short=_is_short(p, p.max_seqlen_k),
         layout=MetadataLayout(
             batch_size=p.batch_size,
             row_names=tuple(row for row, when in rules.rows if conditions[when]),
             has_semaphore=p.arch >= 90 or num_splits > 1,
-            num_splits=num_splits,
+            num_splits=told,
             pack_gqa=pack_gqa,
+            row_alignment=rules.row_alignment,
+            semaphore_first=rules.semaphore_first,
         ),
     )
 
@@ -157,38 +189,61 @@ def sizes_alone_differ(plan: LaunchPlan, problem: Problem, batch_size: int, max_
     """Whether the plan of `problem` is that of another batch size and max_seqlen_k, too, but for these two."""
     if (batch_size > MAX_DYNAMIC_SPLIT_BATCH) != (problem.batch_size > MAX_DYNAMIC_SPLIT_BATCH):
         return False
-    if plan.costs is not None and not problem.num_splits:  # a bound that depends on the batch size
-        return False
-    if max_seqlen_k == problem.max_seqlen_k:
-        return True
-    if problem.arch < 90 or problem.window_size != (-1, -1) or problem.attention_chunk:
-        return False
-    if _is_short(problem, max_seqlen_k, plan.block_m, plan.block_n) != plan.is_short:
-        return False
-    return bool(problem.num_splits) or _num_splits_like(plan, problem, max_seqlen_k)[0] == plan.num_splits
+    if plan.costs is not None:
+        if not problem.num_splits:  # a bound that depends on the batch size
+            return False
+        if plan.for_batch(batch_size).searches_splits != plan.searches_splits:
+            return False
+    if max_seqlen_k != problem.max_seqlen_k:
+        if problem.arch < 90 or problem.window_size != (-1, -1) or problem.attention_chunk:
+            return False
+        if _is_short(problem, max_seqlen_k) != plan.is_short:
+            return False
+    return bool(problem.num_splits) or _num_splits_like(plan, problem, batch_size, max_seqlen_k)[0] == plan.num_splits
+
+
+def batch_sizes_of_other_plans(problem: Problem, rules: FA3Rules) -> list[int]:
+    """Batch sizes from 1 on, up to the problem's own, among which is one of each plan that `sizes_alone_differ` tells.
+
+    Where FA3's bound on splits counts the batch, it may be another one from each of them on.
+    """
+    largest, found = problem.batch_size, {1, MAX_DYNAMIC_SPLIT_BATCH, MAX_DYNAMIC_SPLIT_BATCH + 1}
+    rows = problem.max_seqlen_q * problem.q_heads_per_kv_head
+    if rules.bound_depends_on_batch and not problem.num_splits and rows:
+        plan = make_plan(problem, rules)
+        block_m = plan.splits_tile[0]
+        most = int(_enough_tiles(plan.num_sms)) // problem.num_heads_k + 2  # query blocks of a head that fill the SMs
+        found |= {blocks * block_m // rows + 1 for blocks in range(most)}
+    return sorted({min(batch_size, largest) for batch_size in found})
 
 
 def plan_like(plan: LaunchPlan, problem: Problem, batch_size: int, max_seqlen_k: int) -> LaunchPlan:
     """The plan for other sizes where `sizes_alone_differ`."""
-    reason = plan.num_splits_reason if problem.num_splits else _num_splits_like(plan, problem, max_seqlen_k)[1]
+    reason = plan.num_splits_reason
+    if not problem.num_splits:
+        reason = _num_splits_like(plan, problem, batch_size, max_seqlen_k)[1]
     return unchecked_replace(
-        plan,
-        layout=unchecked_replace(plan.layout, batch_size=batch_size),
+        plan.for_batch(batch_size),
         window_size=_normalise_mask(unchecked_replace(problem, max_seqlen_k=max_seqlen_k))[2],
         num_splits_reason=reason,
     )
 
 
-def _num_splits_like(plan: LaunchPlan, problem: Problem, max_seqlen_k: int) -> tuple[int, str]:
-    """The bound on splits where `plan` is that of `problem` but for max_seqlen_k, and there is no window."""
-    return _resolve_num_splits(
-        problem, max_seqlen_k, max_seqlen_k, plan.num_sms, plan.block_m, plan.block_n, plan.is_causal or plan.is_local
-    )
+def _num_splits_like(plan: LaunchPlan, problem: Problem, batch_size: int, max_seqlen_k: int) -> tuple[int, str]:
+    """FA3's bound on splits where `plan` is that of `problem` but for the sizes."""
+    same_keys = max_seqlen_k == problem.max_seqlen_k
+    if same_keys and (batch_size == problem.batch_size or plan.rules.splits_count == "one_sequence"):
+        return plan.num_splits, plan.num_splits_reason
+    p = unchecked_replace(problem, batch_size=batch_size, max_seqlen_k=max_seqlen_k)
+    block_m, block_n = plan.splits_tile
+    keys_read = _keys_read(p, block_m, plan.is_local, _normalise_mask(p)[2])
+    tiles = _tiles_counted(p, plan.rules, block_m)
+    return _resolve_num_splits(p, tiles, keys_read, plan.num_sms, block_m, block_n, plan.is_causal or plan.is_local)
 
 
-def _is_short(p: Problem, max_seqlen_k: int, block_m: int, block_n: int) -> bool:
+def _is_short(p: Problem, max_seqlen_k: int) -> bool:
     longest = max(max_seqlen_k + p.max_seqlen_k_new, p.max_seqlen_q * p.q_heads_per_kv_head)
-    return longest + block_m + block_n < 2**24
+    return longest <= SHORT_LIMIT
 
 
 def _normalise_mask(p: Problem) -> tuple[bool, bool, tuple[int, int]]:
@@ -213,14 +268,13 @@ def _normalise_mask(p: Problem) -> tuple[bool, bool, tuple[int, int]]:
     return is_causal, is_local, (left, right)
 
 
-def _uses_one_wg(p: Problem, rules: FA3Rules, is_local: bool) -> bool:
-    return (
-        rules.has_one_wg
-        and p.arch >= 90
-        and p.headdim in (64, 128)
-        and p.max_seqlen_q * p.q_heads_per_kv_head <= 64
-        and (rules.one_wg_when_local or not is_local)
+def _one_wg_flag(p: Problem, rules: FA3Rules, is_local: bool, pack_gqa: bool) -> frozenset[str]:
+    """The tile flag of kernels with a single MMA warpgroup, where this build has and uses one."""
+    rows = p.max_seqlen_q * (p.q_heads_per_kv_head if pack_gqa else 1)
+    uses = (
+        p.headdim in rules.one_wg_headdims and p.arch >= 90 and rows <= 64 and (rules.one_wg_when_local or not is_local)
     )
+    return frozenset({"one_wg"} if uses else ())
 
 
 def _round_headdim(headdim: int) -> int:
@@ -231,12 +285,11 @@ def _compiled_kernel(p: Problem, block_m: int, block_n: int) -> tuple[int, int, 
     return p.element_size, _round_headdim(p.headdim), _round_headdim(p.value_headdim), block_m, block_n
 
 
-def _tile_flags(p: Problem, is_causal: bool, is_local: bool, uses_one_wg: bool) -> frozenset[str]:
+def _tile_flags(p: Problem, is_causal: bool, is_local: bool) -> frozenset[str]:
     rounded_v = _round_headdim(p.value_headdim)
     holds = {
         "causal": is_causal,
         "local": is_local,
-        "one_wg": uses_one_wg,
         "softcap": p.has_softcap,
         "dv<=128": rounded_v <= 128,
         f"dv{rounded_v}": True,
@@ -253,14 +306,21 @@ def _tile(p: Problem, rules: FA3Rules, flags: frozenset[str]) -> tuple[int, int]
     return find_tile(tables[p.element_size], _round_headdim(p.headdim), flags)
 
 
+def _tiles_counted(p: Problem, rules: FA3Rules, block_m: int) -> int:
+    """Query blocks of all KV heads that FA3's bound on splits counts."""
+    if rules.bound_depends_on_batch:
+        return p.num_heads_k * -(-p.query_tokens * p.q_heads_per_kv_head // block_m)
+    sequences = 1 if p.batch_size <= rules.most_split_by_metadata else p.batch_size
+    return sequences * p.num_heads_k * -(-p.max_seqlen_q * p.q_heads_per_kv_head // block_m)
+
+
 def _resolve_num_splits(
-    p: Problem, max_seqlen_k: int, keys_read: int, num_sms: int, block_m: int, block_n: int, is_masked: bool
+    p: Problem, total_m_blocks: int, keys_read: int, num_sms: int, block_m: int, block_n: int, is_masked: bool
 ) -> tuple[int, str]:
-    """FA3's upper bound on splits, and why: as if the batch were one sequence of the largest length."""
+    """FA3's upper bound on splits, and why: most builds count the tiles of one sequence of the largest length."""
     num_m_blocks = -(-p.max_seqlen_q * p.q_heads_per_kv_head // block_m)
     num_n_blocks = -(-keys_read // block_n)
-    total_m_blocks = p.num_heads_k * num_m_blocks
-    kv_head_bytes = _int32(max_seqlen_k * (p.headdim + p.value_headdim) * p.element_size)
+    kv_head_bytes = _int32(p.max_seqlen_k * (p.headdim + p.value_headdim) * p.element_size)
 
     if total_m_blocks >= _enough_tiles(num_sms):
         if kv_head_bytes > _L2_BYTES_FOR_SPLITS and num_m_blocks >= 2 * num_sms and not is_masked:
@@ -297,9 +357,9 @@ def _resolve_pack_gqa(
     p: Problem, rules: FA3Rules, block_m: int, num_splits: int, paged_non_tma: bool, is_local: bool
 ) -> tuple[bool, str]:
     """Whether the q heads of a KV head share a tile, and why."""
-    if rules.forces_pack_gqa and num_splits > 1:
+    if rules.packs_with_splits == "also" and num_splits > 1:
         return True, "this build always packs with splits"
-    if rules.forces_pack_gqa and p.headdim == p.value_headdim:
+    if rules.packs_equal_headdims and p.headdim == p.value_headdim:
         return True, "this build always packs when headdim == headdim_v"
     if p.pack_gqa is not None:
         return p.pack_gqa, "given"

@@ -11,6 +11,7 @@ MAX_HEADDIM, MAX_HEADDIM_V, MAX_NUM_SPLITS, MAX_NUM_SMS = 256, 512, 256, 1024
 ARCHS = (80, 86, 89, 90)
 POLICIES = ("fa3", "balanced")
 DEFAULT_GPU = "NVIDIA H200"
+SHORT_LIMIT = 2**24 - 512  # tokens or query rows with which keys and divisions are cheap: plan.is_short
 DEFAULT_PARTIAL_BYTES = 256 * 1024 * 1024
 _INT32_MAX = 2**31 - 1
 _T = TypeVar("_T")
@@ -80,6 +81,10 @@ class Problem:
     policy: str = "fa3"  # one of POLICIES
     batch_invariant: bool = False  # "balanced": the splits of a sequence depend on its own length alone
     max_partial_bytes: int = DEFAULT_PARTIAL_BYTES  # "balanced": of the forward's partial outputs
+    # Query tokens of the whole batch, which some builds' bound on splits counts: q.shape[0] of a forward with ragged
+    # queries. None: batch_size * max_seqlen_q, as FA3's own op takes it.
+    total_q: int | None = None
+    forward_is_told: bool = True  # num_splits; False: it is called with 0 and comes to a bound of its own
     gpu: str = DEFAULT_GPU  # its name, for what was measured on it: launch shapes, and the constants of "balanced"
 
     def __post_init__(self) -> None:
@@ -89,7 +94,7 @@ class Problem:
         for name, low, high in _INTEGER_FIELDS:
             if type(value := values[name]) is not int or not low <= value <= high:
                 values[name] = checked_int(name, value, low, high)
-        for name in ("has_cu_seqlens_q", "has_seqused_q", "has_leftpad_k", "causal", "has_softcap", "batch_invariant"):
+        for name in _BOOLEAN_FIELDS:
             checked_bool(name, getattr(self, name))
         checked_choice("policy", self.policy, POLICIES)
         checked_int("max_partial_bytes", self.max_partial_bytes, 0, 2**63 - 1)
@@ -100,6 +105,8 @@ class Problem:
         checked_int("headdim_v", self.value_headdim, 1, MAX_HEADDIM_V)
         if self.page_size is not None:
             checked_int("page_size", self.page_size, 1)
+        if self.total_q is not None:
+            values["total_q"] = checked_int("total_q", self.total_q, 0)
         if self.pack_gqa is not None:
             checked_bool("pack_gqa", self.pack_gqa)
         if self.num_heads % self.num_heads_k:
@@ -119,6 +126,11 @@ class Problem:
         return self.headdim if self.headdim_v is None else self.headdim_v
 
     @property
+    def query_tokens(self) -> int:
+        """Query tokens of the whole batch. To FA3 a total of 0 is none."""
+        return self.total_q or self.batch_size * self.max_seqlen_q
+
+    @property
     def element_size(self) -> int:
         return ELEMENT_SIZE[self.qkv_dtype]
 
@@ -127,6 +139,9 @@ class Problem:
         return self.num_heads // self.num_heads_k
 
 
+_BOOLEAN_FIELDS = (
+    "has_cu_seqlens_q", "has_seqused_q", "has_leftpad_k", "causal", "has_softcap", "batch_invariant", "forward_is_told",
+)  # fmt: skip
 _INTEGER_FIELDS = (
     ("batch_size", 0, _INT32_MAX),
     ("max_seqlen_q", 0, _INT32_MAX),

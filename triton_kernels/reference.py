@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .balance import MOST_FOR_ALL_CANDIDATES, NUM_CANDIDATES, Costs
-from .plan import MAX_DYNAMIC_SPLIT_BATCH, LaunchPlan
-from .problem import Problem
+from .builds import MAX_DYNAMIC_SPLIT_BATCH
+from .plan import LaunchPlan
+from .problem import SHORT_LIMIT, Problem
 from .reciprocal import approximate_reciprocal
 
 Ints = NDArray[np.int32]
@@ -46,9 +47,17 @@ def reference_metadata(problem: Problem, plan: LaunchPlan, lengths: Lengths) -> 
 
 def sequence_blocks(problem: Problem, plan: LaunchPlan, lengths: Lengths) -> tuple[Ints, Ints, Ints]:
     """Query rows, query blocks and key blocks of every sequence."""
-    seqlen_q, seqlen_k = sequence_lengths(problem, lengths)
-    rows = seqlen_q * np.int32(plan.q_heads_per_row)
+    rows, _, seqlen_k = _rows_and_lengths(problem, plan, lengths)
     return rows, _ceil_div(rows, plan.block_m), _ceil_div(seqlen_k, plan.block_n)
+
+
+def _rows_and_lengths(problem: Problem, plan: LaunchPlan, lengths: Lengths) -> tuple[Ints, Ints, Ints]:
+    """Query rows, query tokens and keys of every sequence; in a short batch, rows and keys up to SHORT_LIMIT."""
+    seqlen_q, seqlen_k = sequence_lengths(problem, lengths)
+    rows = np.maximum(seqlen_q * np.int32(plan.q_heads_per_row), 0)
+    if plan.is_short:
+        rows, seqlen_k = np.minimum(rows, SHORT_LIMIT), np.minimum(seqlen_k, SHORT_LIMIT)
+    return rows, seqlen_q, seqlen_k
 
 
 def metadata_of_splits(plan: LaunchPlan, rows: Ints, num_m_blocks: Ints, num_n_blocks: Ints, num_splits: Ints) -> Ints:
@@ -72,11 +81,11 @@ def metadata_of_splits(plan: LaunchPlan, rows: Ints, num_m_blocks: Ints, num_n_b
 
 def blocks_read(problem: Problem, plan: LaunchPlan, lengths: Lengths) -> Ints:
     """Key blocks that the last query block of every sequence reads: those that the forward splits."""
-    seqlen_q, seqlen_k = sequence_lengths(problem, lengths)
+    rows, seqlen_q, seqlen_k = _rows_and_lengths(problem, plan, lengths)
     num_n_blocks = _ceil_div(seqlen_k, plan.block_n)
     if not plan.is_local:
         return num_n_blocks
-    num_m_blocks = _ceil_div(seqlen_q * np.int32(plan.q_heads_per_row), plan.block_m)
+    num_m_blocks = _ceil_div(rows, plan.block_m)
     first_row = np.maximum(num_m_blocks - 1, 0) * np.int32(plan.block_m) // np.int32(plan.q_heads_per_row)
     at = first_row + seqlen_k - seqlen_q  # the key of that row itself
     first_key = at - np.int32(plan.window_size[0])
@@ -89,19 +98,25 @@ def blocks_read(problem: Problem, plan: LaunchPlan, lengths: Lengths) -> Ints:
 def sequence_lengths(problem: Problem, lengths: Lengths) -> tuple[Ints, Ints]:
     """Query tokens and keys of every sequence. A negative length counts as zero."""
     if lengths.seqused_q is not None:
-        seqlen_q = lengths.seqused_q
+        seqlen_q = lengths.seqused_q.astype(np.int32)
     elif lengths.cu_seqlens_q is not None:
-        seqlen_q = np.diff(lengths.cu_seqlens_q)
+        seqlen_q = _differences(lengths.cu_seqlens_q)
     else:
-        seqlen_q = np.full(problem.batch_size, problem.max_seqlen_q)
+        seqlen_q = np.full(problem.batch_size, problem.max_seqlen_q, np.int32)
     seqlen_k = lengths.cache_seqlens.astype(np.int32)
     if lengths.leftpad_k is not None:
         seqlen_k = seqlen_k - lengths.leftpad_k.astype(np.int32)
     if lengths.cu_seqlens_k_new is not None:
-        seqlen_k = seqlen_k + np.diff(lengths.cu_seqlens_k_new).astype(np.int32)
+        seqlen_k = seqlen_k + _differences(lengths.cu_seqlens_k_new)
     else:
         seqlen_k = seqlen_k + np.int32(problem.max_seqlen_k_new)
-    return np.maximum(seqlen_q, 0).astype(np.int32), np.maximum(seqlen_k, 0)
+    return np.maximum(seqlen_q, 0), np.maximum(seqlen_k, 0)
+
+
+def _differences(running_sum: NDArray[np.integer]) -> Ints:
+    """Its steps, in the int32 arithmetic of the device."""
+    sums = running_sum.astype(np.int32)
+    return sums[1:] - sums[:-1]
 
 
 def _split(plan: LaunchPlan, num_m_blocks: Ints, num_n_blocks: Ints) -> Ints:

@@ -11,8 +11,9 @@ A condition is a choice, by `|`, of flags joined by `&`; the empty one always ho
 
 and on sm_8x: local, sm86 (sm_86 or sm_89), split (more than one KV split), paged, append (new keys).
 
-Sources: `tile_size_fwd_sm90` and `tile_size_fwd_sm8x` in hopper/tile_size.h; for the sglang-kernel and
-vLLM wheels, the TileShape_MNK template arguments in the names of the kernels compiled into them.
+Sources: `tile_size_fwd_sm90` and `tile_size_fwd_sm8x` in hopper/tile_size.h of FlashAttention and of vLLM's fork at
+the revisions that the releases were built from, and the TileShape_MNK template arguments in the names of the kernels
+compiled into every published wheel (`python -m bench wheel-rules` reads them).
 """
 
 from __future__ import annotations
@@ -37,12 +38,9 @@ def _holds(condition: str, flags: frozenset[str]) -> bool:
     )
 
 
+# What many tables share: MLA, head dims above 64 with 16-bit values, and kernels with a single MMA warpgroup.
 _MLA_16 = ((64, "dv512", 64, 64), (64, "dv256", 128, 96))
-
-UPSTREAM_16: TileTable = (
-    *_MLA_16,
-    (64, "causal | local | paged_non_tma", 192, 128),
-    (64, "", 192, 192),
+_ABOVE_64_16 = (
     (96, "local | paged_non_tma", 192, 128),
     (96, "", 192, 144),
     (128, "causal | local | paged_non_tma", 128, 128),
@@ -52,6 +50,17 @@ UPSTREAM_16: TileTable = (
     (192, "", 128, 112),
     (256, "local", 128, 64),
     (256, "", 128, 80),
+)
+_ONE_WG_128_16 = (
+    (128, "one_wg & causal | one_wg & local | one_wg & paged_non_tma", 64, 128),
+    (128, "one_wg", 64, 176),
+)
+
+UPSTREAM_16: TileTable = (
+    *_MLA_16,
+    (64, "causal | local | paged_non_tma", 192, 128),
+    (64, "", 192, 192),
+    *_ABOVE_64_16,
 )
 UPSTREAM_8: TileTable = (
     (64, "", 192, 160),
@@ -64,6 +73,13 @@ UPSTREAM_8: TileTable = (
     (256, "local", 128, 64),
     (256, "", 128, 128),
 )
+LEGACY_16: TileTable = (  # upstream and sgl-kernel before August 2025
+    (64, "dv512", 64, 64),
+    (64, "dv256", 128, 112),
+    (64, "causal | local", 192, 128),
+    (64, "", 192, 192),
+    *_ABOVE_64_16,
+)
 
 SGLANG_16: TileTable = (
     *_MLA_16,
@@ -72,9 +88,8 @@ SGLANG_16: TileTable = (
     (64, "local", 192, 192),
     (64, "paged_non_tma", 192, 128),
     (64, "", 192, 192),
-    (128, "one_wg & causal | one_wg & local | one_wg & paged_non_tma", 64, 128),
-    (128, "one_wg", 64, 176),
-    *UPSTREAM_16,
+    *_ONE_WG_128_16,
+    *_ABOVE_64_16,
 )
 SGLANG_8: TileTable = (
     (64, "one_wg", 64, 128),
@@ -82,16 +97,20 @@ SGLANG_8: TileTable = (
     *UPSTREAM_8,
 )
 
-VLLM_16: TileTable = (
-    *_MLA_16,
+_64_VLLM_16 = (
     (64, "one_wg", 64, 192),
     (64, "causal", 192, 128),
     (64, "local | paged_non_tma", 192, 160),
     (64, "", 192, 192),
+)
+VLLM_0_8_5_16: TileTable = (*LEGACY_16[:4], *_ONE_WG_128_16, *_ABOVE_64_16)
+VLLM_0_10_1_16: TileTable = (*LEGACY_16[:2], *_64_VLLM_16, *_ONE_WG_128_16, *_ABOVE_64_16)
+VLLM_16: TileTable = (
+    *_MLA_16,
+    *_64_VLLM_16,
     (96, "local | paged_non_tma", 192, 128),
     (96, "", 192, 144),
-    (128, "one_wg & causal | one_wg & local | one_wg & paged_non_tma", 64, 128),
-    (128, "one_wg", 64, 176),
+    *_ONE_WG_128_16,
     (128, "causal | local | paged_non_tma", 128, 128),
     (128, "", 128, 160),
     (192, "local | paged_non_tma", 128, 96),

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from ..api import get_scheduler_metadata, metadata_layout, resolve_build
+from ..api import get_scheduler_metadata, resolve_build
 from ..arguments import device_facts
 from ..install import DISABLE_VARIABLE, is_disabled
 from ..triton_kernels.problem import POLICIES, checked_choice
@@ -166,11 +166,10 @@ class Attached:
             "cu_seqlens_q": metadata.cu_seqlens_q,
             "max_seqlen_k": metadata.page_table.shape[1] * self.backend.page_size,
         }
-        if self.policy != "fa3":
-            bound = metadata_layout(**asked, build=self.build).num_splits  # FA3's, or what SGLang asks for
-            asked |= {"policy": self.policy, "num_splits": bound}
-        made = get_scheduler_metadata(**asked, build=self.build)
-        setattr(made, _MARK, (asked["num_heads"], asked["num_heads_k"], asked["headdim"], asked["headdim"]))
+        made = get_scheduler_metadata(**asked, build=self.build, policy=self.policy, forward_is_told=False)
+        shape = (asked["num_heads"], asked["num_heads_k"], asked["headdim"], asked["headdim"])
+        total_q = asked["batch_size"] * asked["max_seqlen_q"]  # what the bound on splits of some builds counts
+        setattr(made, _MARK, (*shape, total_q if resolve_build(self.build)[1].bound_depends_on_batch else None))
         return made
 
 
@@ -303,7 +302,9 @@ def _withhold_misfits(forward: Callable[..., Any], with_metadata: Callable[..., 
     """`with_metadata`, without metadata of ours where a layer's shape is not that of the model's configuration.
 
     SGLang asks for it once, with the head counts and head dim of the configuration, and hands it to every
-    full-attention layer; a layer with another head dim of v, say, would read a schedule that is not its own.
+    full-attention layer; a layer with another head dim of v, say, would read a schedule that is not its own. Nor where
+    the batch has been padded with queries since, and the bound on splits counts them (sglang-kernel 0.4.5 and later):
+    the forward would have room for other splits.
     """
 
     @functools.wraps(forward)
@@ -311,7 +312,9 @@ def _withhold_misfits(forward: Callable[..., Any], with_metadata: Callable[..., 
         made_for = getattr(kwargs.get("scheduler_metadata"), _MARK, None)
         if made_for is not None:
             q, k_cache, v_cache = kwargs["q"], kwargs["k_cache"], kwargs["v_cache"]
-            if made_for != (q.shape[-2], k_cache.shape[-2], q.shape[-1], v_cache.shape[-1]):
+            *shape, total_q = made_for
+            fits = shape == [q.shape[-2], k_cache.shape[-2], q.shape[-1], v_cache.shape[-1]]
+            if not fits or (total_q is not None and total_q != q.shape[:-2].numel()):
                 kwargs["scheduler_metadata"] = None
         return with_metadata(*args, **kwargs)
 

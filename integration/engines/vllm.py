@@ -131,17 +131,11 @@ def get_scheduler_metadata(
     if attached is not None and (attached.waiting or not attached.used):
         attached.catch_up(called=True)
     build, policy = (vllm_build(), "fa3") if attached is None else (attached.build, attached.policy)
-    if policy != "fa3" and num_splits == 0:
-        num_splits = api.metadata_layout(
-            batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim, cache_seqlens, qkv_dtype,
-            headdim_v, cu_seqlens_q, None, cu_seqlens_k_new, None, cache_leftpad, page_size, max_seqlen_k_new, causal,
-            window_size, 0, has_softcap, 0, pack_gqa, sm_margin, build=build,
-        ).num_splits  # fmt: skip
     return api.get_scheduler_metadata(
         batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim, cache_seqlens, qkv_dtype,
         headdim_v, cu_seqlens_q, None, cu_seqlens_k_new, None, cache_leftpad, page_size, max_seqlen_k_new, causal,
         window_size, 0, has_softcap, num_splits, pack_gqa, sm_margin,
-        build=build, out=BUFFER.get() if out is None else out, policy=policy,
+        build=build, out=BUFFER.get() if out is None else out, policy=policy, forward_is_told=False,
     )  # fmt: skip
 
 
