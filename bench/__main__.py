@@ -1,4 +1,4 @@
-"""python -m bench COMMAND [options]: what is measured, and what is checked on a GPU over minutes."""
+"""python -m bench COMMAND [options]: what is measured, and what is checked over minutes, on a GPU or in wheels."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ COMMANDS = {
     "sglang-decode": "decode steps of a real SGLang: without metadata, with its own, with ours",
     "sglang-check": "a real SGLang's logits with and without our metadata, bit for bit",
     "install-check": "what install() gives to an sgl-kernel that makes no metadata: every output compared, times",
+    "wheel-rules": "our rules against published wheels themselves: tiles, splits, packing; no GPU needed",
+    "record": "what an installed wheel's own op makes of random calls, for tests/data",
     "stress": "random replays of captured steps, every output compared bitwise",
 }
 

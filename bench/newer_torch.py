@@ -1,10 +1,11 @@
-"""sgl-kernel 0.3.20 and 0.3.21 under a torch that is newer than the 2.9.1 they were built for.
+"""sgl-kernel, and vLLM up to 0.16, under a torch that is newer than the 2.9 or older that they were built for.
 
-Since then tensors have three more virtual functions. Where these wheels ask a tensor whether it has storage, another
-function answers, and of the address of the tensor's strides, which that one returns, the lowest byte is taken for
-yes or no. So one tensor in sixteen, depending on where it was allocated, "doesn't have storage", and the call raises.
+Since torch 2.10 tensors have three more virtual functions. Where these wheels ask a tensor whether it has storage,
+another function answers, and of the address of the tensor's strides, which that one returns, the lowest byte is taken
+for yes or no. So one tensor in sixteen, depending on where it was allocated, "doesn't have storage", and the call
+raises.
 
-`avoid_misread_tensors()` lets their forward see no such tensor. It changes nothing else, and is for tests and checks
+`avoid_misread_tensors()` lets their ops see no such tensor. It changes nothing else, and is for tests and checks
 alone: for serving, install the torch that the wheel asks for.
 """
 
@@ -17,6 +18,10 @@ from typing import Any
 
 import torch
 from fa3_metadata.detect import installed_version
+from fa3_metadata.providers import PROVIDERS
+from fa3_metadata.triton_kernels.builds import version_key
+
+LAST_FOR_OLDER_TORCH = {"sgl-kernel": "0.3.21", "vllm": "0.16.0"}  # the last version built for torch 2.9
 
 _STRIDES = 0x70  # bytes from the start of a TensorImpl to the strides of up to five dimensions
 _MESSAGE = "doesn't have storage"
@@ -44,16 +49,26 @@ def keep_misread_places() -> None:
 
 
 def avoid_misread_tensors() -> bool:
-    """Let the installed sgl-kernel's forward see no such tensor, from now on; whether there is need."""
-    version = installed_version("sgl-kernel")
-    if version is None or torch.__version__.startswith("2.9."):
+    """Let the ops of an installed wheel for an older torch see no such tensor, from now on; whether there is need."""
+    if torch.__version__.startswith(("2.7.", "2.8.", "2.9.")):
         return False
-    import_module("sgl_kernel.flash_attn")
-    forward: Any = torch.ops.sgl_kernel.fwd.default
-    if not hasattr(forward, "unguarded_op"):
-        forward.unguarded_op = forward._op
-        forward._op = partial(_guarded, forward._op)
-    return True
+    packages = [package for package, last in LAST_FOR_OLDER_TORCH.items() if _is_installed(package, last)]
+    for provider in map(PROVIDERS.__getitem__, packages):
+        import_module(provider.op_module)
+        ops = getattr(torch.ops, provider.op_namespace)
+        for name in ("fwd", "get_scheduler_metadata"):
+            if hasattr(ops, name):
+                packet = getattr(ops, name)
+                for op in (packet, packet.default):  # front ends call either
+                    if not hasattr(op, "unguarded_op"):
+                        op.unguarded_op = op._op
+                        op._op = partial(_guarded, op._op)
+    return bool(packages)
+
+
+def _is_installed(package: str, last: str) -> bool:
+    version = installed_version(package)
+    return version is not None and () < version_key(version) <= version_key(last)
 
 
 def _guarded(op: Callable[..., Any], *arguments: Any, **named: Any) -> Any:

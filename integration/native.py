@@ -4,20 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from typing import Any
 
 import torch
 
 from .arguments import LengthTensors, device_facts
 from .detect import installed_version
 from .providers import provider_of
-from .triton_kernels.builds import package_of, rules_for
+from .triton_kernels.builds import FA3Rules, package_of, rules_for
+from .triton_kernels.plan import make_plan
 from .triton_kernels.problem import Problem
+
+
+class MissingOpError(RuntimeError):
+    """The installed package has no op that makes scheduler metadata."""
 
 
 def native_op(build: str) -> Callable[..., torch.Tensor]:
     """The `get_scheduler_metadata` op of the installed package that `build` names.
 
-    Raises `RuntimeError` where that package is missing, behaves unlike `build`, or has no such op.
+    Raises `RuntimeError` where that package is missing, behaves unlike `build`, or has no such op (`MissingOpError`).
     """
     package = package_of(build)
     version = installed_version(package)
@@ -32,31 +38,47 @@ def native_op(build: str) -> Callable[..., torch.Tensor]:
     except (ImportError, OSError) as error:
         raise RuntimeError(f'backend="native": {package} {version} does not load: {error}') from error
     except AttributeError:
-        raise RuntimeError(
+        raise MissingOpError(
             f'backend="native": {package} {version} cannot make scheduler metadata; use backend="triton"'
         ) from None
 
 
+def op_arguments(problem: Problem, rules: FA3Rules, tensors: LengthTensors) -> tuple[Any, ...]:
+    """The op's arguments by position: the order of `mha_fwd_get_scheduler_metadata` (hopper/flash_api.cpp).
+
+    Lengths are converted to contiguous int32.
+    """
+    p = problem
+    chunk = (p.attention_chunk,) if rules.has_attention_chunk else ()
+    return (
+        p.batch_size, p.max_seqlen_q, p.max_seqlen_k, p.num_heads, p.num_heads_k, p.headdim, p.value_headdim,
+        getattr(torch, p.qkv_dtype), _int32(tensors.cache_seqlens), _int32(tensors.cu_seqlens_q),
+        _int32(tensors.cu_seqlens_k), _int32(tensors.cu_seqlens_k_new), _int32(tensors.seqused_q),
+        _int32(tensors.leftpad_k), p.page_size, p.max_seqlen_k_new, p.causal, *p.window_size, *chunk,
+        p.has_softcap, p.num_splits, p.pack_gqa, p.sm_margin,
+    )  # fmt: skip
+
+
 def native_metadata(build: str, problem: Problem, tensors: LengthTensors) -> torch.Tensor:
-    """A new tensor made by the installed op; lengths are converted to contiguous int32 first."""
+    """A new tensor made by the installed op."""
     device = tensors.cache_seqlens.device
     if device.type != "cuda":
         raise RuntimeError(f'backend="native" needs CUDA tensors, got cache_seqlens on {device}')
-    p = problem
-    if (p.arch, p.num_sms) != device_facts(device, None, None):
+    if (problem.arch, problem.num_sms) != device_facts(device, None, None):
         raise RuntimeError('backend="native" answers for the device of cache_seqlens: leave arch and num_sms out')
-    if p.batch_size == 0:
+    if problem.batch_size == 0:
         raise RuntimeError('backend="native" cannot take an empty batch: the op crashes the process')
+    rules = rules_for(build)
+    if rules.bound_depends_on_batch and problem.query_tokens != problem.batch_size * problem.max_seqlen_q:
+        raise RuntimeError(
+            f'backend="native" counts batch_size * max_seqlen_q queries: leave total_q out, got {problem.total_q}'
+        )
     op = native_op(build)
-    chunk = (p.attention_chunk,) if rules_for(build).has_attention_chunk else ()
     with torch.cuda.device(device):
-        return op(
-            p.batch_size, p.max_seqlen_q, p.max_seqlen_k, p.num_heads, p.num_heads_k, p.headdim, p.value_headdim,
-            getattr(torch, p.qkv_dtype), _int32(tensors.cache_seqlens), _int32(tensors.cu_seqlens_q),
-            _int32(tensors.cu_seqlens_k), _int32(tensors.cu_seqlens_k_new), _int32(tensors.seqused_q),
-            _int32(tensors.leftpad_k), p.page_size, p.max_seqlen_k_new, p.causal, *p.window_size, *chunk,
-            p.has_softcap, p.num_splits, p.pack_gqa, p.sm_margin,
-        )  # fmt: skip
+        made = op(*op_arguments(problem, rules, tensors))
+    if made.shape != (size := make_plan(problem, rules).layout.size,):
+        raise RuntimeError(f'backend="native": the op of {build} made {made.numel()} elements instead of {size}')
+    return made
 
 
 def _int32(lengths: torch.Tensor | None) -> torch.Tensor | None:

@@ -18,21 +18,15 @@ class Provider:
     forward: str
     op_module: str  # its import registers the ops
     op_namespace: str  # torch.ops.<this>
-    forward_lacks: tuple[str, ...] = ()  # arguments of FA3's forward that this front end does not pass on
 
 
 _SGL = Provider("sgl_kernel.flash_attn", "flash_attn_with_kvcache", "sgl_kernel.flash_attn", "sgl_kernel")
 PROVIDERS = {
     "sglang-kernel": _SGL,
     "sgl-kernel": _SGL,
-    "vllm": Provider(
-        "vllm.vllm_flash_attn",
-        "flash_attn_varlen_func",
-        "vllm.vllm_flash_attn",
-        "_vllm_fa3_C",
-        forward_lacks=("pack_gqa", "sm_margin"),
-    ),
+    "vllm": Provider("vllm.vllm_flash_attn", "flash_attn_varlen_func", "vllm.vllm_flash_attn", "_vllm_fa3_C"),
     "flash-attn-3": Provider("flash_attn_interface", "flash_attn_with_kvcache", "flash_attn_3._C", "flash_attn_3"),
+    "fa3-fwd": Provider("fa3_fwd_interface", "flash_attn_with_kvcache", "fa3_fwd._C", "fa3_fwd"),
 }
 
 

@@ -144,7 +144,9 @@ def test_environment_overrides_detection(monkeypatch: pytest.MonkeyPatch) -> Non
         ("sgl_kernel-0.3.21", builds.UPSTREAM),
         ("sgl-kernel-0.1.0", builds.SGL_LEGACY),
         ("sgl-kernel-0.3.16", builds.SGL_LEGACY),
-        ("sgl-kernel-0.3.16.post1", builds.UPSTREAM),  # the layout changed at a .post
+        ("sgl-kernel-0.3.16.post1", builds.UPSTREAM),  # the layout changed at a .post ...
+        ("sgl-kernel-0.3.16.post2", builds.SGL_LEGACY),  # ... and back
+        ("sgl-kernel-0.3.16.post3", builds.UPSTREAM),
         ("sglang-kernel-0.4.0", builds.SGLANG),
         ("sglang-kernel-0.4.2.post2", builds.SGLANG),
         ("sglang-kernel-0.4.5", builds.SGLANG_0_4_5),
@@ -152,7 +154,9 @@ def test_environment_overrides_detection(monkeypatch: pytest.MonkeyPatch) -> Non
         ("sglang-kernel-0.4.10", builds.SGLANG_0_4_5),
         ("vllm-0.8.5.post1", builds.VLLM_0_8_5),
         ("vllm-0.9.0.1", builds.VLLM_0_8_5),
-        ("vllm-0.10.0", builds.VLLM_0_8_5),
+        ("vllm-0.9.1", builds.VLLM_0_8_5),
+        ("vllm-0.9.2", builds.VLLM_0_9_2),
+        ("vllm-0.10.0", builds.VLLM_0_9_2),
         ("vllm-0.10.1.1", builds.VLLM_0_10_1),
         ("vllm-0.11.0", builds.VLLM_0_10_1),
         ("vllm-0.11.1", builds.VLLM_0_11_1),

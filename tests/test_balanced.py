@@ -86,7 +86,7 @@ def test_whichever_candidate_is_the_best_both_find_it(
         args = DECODE | {"batch_size": batch, "max_seqlen_k": longest, "cache_seqlens": lengths, "policy": "balanced"}
         case = Case("sglang-kernel-0.4.2", args | {"num_heads": 8 * heads, "num_heads_k": heads})
         chosen.clear()
-        case.run("reference", "cpu")
+        case.run("reference", device)
         for best in chosen[:1]:  # none where the load alone decides
             (places,) = (candidates[-1] == best).nonzero()
             if len(places) == 1 and found[int(places[0])] < 4:

@@ -74,7 +74,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"total_q": 2.0}, TypeError, "total_q must be an integer"),
     ({"forward_is_told": "yes"}, TypeError, "forward_is_told must be True or False"),
     ({"build": "sgl-kernel-0.3.14", "arch": 80}, ValueError, "arch must be 90 for the sgl-legacy build, got 80"),
-    ({"build": "vllm-0.10.0", "attention_chunk": 8}, ValueError, "attention_chunk must be 0 for the vllm-0.8.5 build"),
+    ({"build": "vllm-0.10.0", "attention_chunk": 8}, ValueError, "attention_chunk must be 0 for the vllm-0.9.2 build"),
     ({"build": "sglang-kernel-0.5.0"}, ValueError, "version 0.5.0 of sglang-kernel is not supported"),
     ({"build": "flash-attn-3-3.0.0b1"}, ValueError, "version 3.0.0b1 of flash-attn-3 is not supported"),
     ({"build": 42}, TypeError, "build must be a string"),

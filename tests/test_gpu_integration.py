@@ -17,15 +17,19 @@ import torch
 from fa3_metadata import MetadataPlan, MetadataPlans, step, wrap_forward
 from fa3_metadata.engines import vllm as adapter
 from fa3_metadata.providers import load_forward
+from fa3_metadata.triton_kernels.builds import rules_for, version_key
 from fa3_metadata.triton_kernels.problem import POLICIES
 
 from .cases import POISON
-from .test_gpu_wheels import PACKAGE, WHEEL, needs_wheel
+from .test_gpu_wheels import HAS_PAGED_AND_LOCAL, PACKAGE, WHEEL, needs_wheel
 from .vllm_stand_in import check, gqa_builder, make_batch, mla_builder, stand_in
 
 pytestmark = pytest.mark.gpu
 needs_sglang = pytest.mark.skipif(PACKAGE != "sglang-kernel", reason="one wheel is enough: sglang-kernel")
-needs_vllm = pytest.mark.skipif(PACKAGE != "vllm", reason="needs vLLM's FA3")
+needs_vllm = pytest.mark.skipif(
+    PACKAGE != "vllm" or version_key(str(WHEEL).removeprefix("vllm-")) < version_key("0.28.0"),
+    reason="needs the FA3 of a vLLM whose builders the adapter attaches to: 0.28.0 or later",
+)
 BF16 = torch.bfloat16
 
 
@@ -43,12 +47,16 @@ LENGTHS = (9000, 70, 1500, 512, 1)
 def layer(
     heads: int = 8, heads_k: int = 1, d: int = 128, dv: int | None = None, q: int = 1, **more: Any
 ) -> dict[str, Any]:
-    """The arguments of one layer's `flash_attn_with_kvcache` over a paged cache of 64-token pages."""
+    """The arguments of one layer's `flash_attn_with_kvcache` over a paged cache of 64-token pages.
+
+    Where the wheel has no paged kernels, the cache is not paged and as long.
+    """
     b, pages = len(LENGTHS), -(-max(LENGTHS) // 64) + 2
-    table = torch.randperm(b * pages, device="cuda").to(torch.int32).view(b, pages)
+    table = torch.randperm(b * pages, device="cuda").to(torch.int32).view(b, pages) if HAS_PAGED_AND_LOCAL else None
+    cache = (b, pages * 64) if table is None else (b * pages, 64)
     return {
-        "q": rand(b, q, heads, d), "k_cache": rand(b * pages, 64, heads_k, d), "causal": True,
-        "v_cache": rand(b * pages, 64, heads_k, dv or d), "cache_seqlens": ints(*LENGTHS), "page_table": table,
+        "q": rand(b, q, heads, d), "k_cache": rand(*cache, heads_k, d), "causal": True,
+        "v_cache": rand(*cache, heads_k, dv or d), "cache_seqlens": ints(*LENGTHS), "page_table": table,
     } | more  # fmt: skip
 
 
@@ -103,18 +111,22 @@ KINDS: dict[str, Callable[[], dict[str, Any]]] = {
     "mla": mla,
     "mla verification": lambda: mla() | {"q": rand(5, 4, 16, 64), "qv": rand(5, 4, 16, 512)},
 }
-# What is not asked of a wheel: arguments that vLLM's front end does not take, and kernels that are missing from the
-# slimmed wheels with which these tests are run.
+_MLA = {"mla", "mla verification"}
+_OTHER_HEAD_DIMS = {"head dim 64", "head dim 256", "head dims 192 and 128"} | _MLA
+# What is not asked of a wheel: arguments that its front end does not take, and kernels that it, or the slimmed copy of
+# it with which these tests are run, does not have. All entries count with which the name of the wheel begins.
 LEFT_OUT = {
-    "sgl-kernel": {
-        "not paged", "left padding", "softcap", "head dim 64", "head dim 256", "head dims 192 and 128", "mla",
-        "mla verification",
-    },
-    "vllm": {
-        "chunk", "appended keys", "left padding", "margin", "head dim 64", "head dim 256", "mla", "mla verification",
-    },
-}  # fmt: skip
-ASKED = [kind for kind in KINDS if kind not in LEFT_OUT.get(str(PACKAGE), ())]
+    "sgl-kernel-": {"not paged", "left padding", "softcap"} | _OTHER_HEAD_DIMS,
+    "sgl-kernel-0.3.14.": {"chunk"},  # no such argument up to 0.3.16
+    "sglang-kernel-0.4.5": {"softcap"} | _OTHER_HEAD_DIMS,
+    "vllm-": {"chunk", "appended keys", "left padding", "margin", "head dim 64", "head dim 256"} | _MLA,
+    "vllm-0.10.": {"not paged", "softcap", "sinks"},  # s_aux has been an argument since 0.10.1
+    "vllm-0.11.": {"not paged", "softcap"},
+    "fa3-fwd-": {"window", "chunk", "sinks", "head dims 192 and 128"} | _MLA,
+}
+ASKED = [
+    kind for kind in KINDS if not any(kind in out for name, out in LEFT_OUT.items() if str(WHEEL).startswith(name))
+]
 
 
 def for_vllm(call: dict[str, Any]) -> dict[str, Any]:
@@ -128,9 +140,9 @@ def for_vllm(call: dict[str, Any]) -> dict[str, Any]:
         "max_seqlen_k": k_cache.shape[1] * (1 if table is None else table.shape[1]),
         "seqused_k": call["cache_seqlens"], "block_table": table, "causal": call["causal"],
         "window_size": list(call.get("window_size", (-1, -1))), "softcap": call.get("softcap", 0.0),
-        "num_splits": call.get("num_splits", 0), "s_aux": call.get("sinks"), "fa_version": 3,
+        "num_splits": call.get("num_splits", 0), "fa_version": 3,
         "return_softmax_lse": call.get("return_softmax_lse", False),
-    }  # fmt: skip
+    } | ({"s_aux": call["sinks"]} if "sinks" in call else {})  # fmt: skip
 
 
 def bits(output: Any) -> torch.Tensor:
@@ -361,6 +373,10 @@ def test_vllm_full_graph_follows_the_adapters_metadata(vllm: ModuleType, in_plac
 
 GUARD = 8192  # elements on either side of a tensor, more than any row is long
 MASKS = {"full": (False, (-1, -1)), "causal": (True, (-1, -1)), "window": (True, (127, 0))}
+LAYOUTS = (  # builds, each with rows, or rules for them, of its own
+    "sgl-kernel-0.3.14.post1", "sgl-kernel-0.3.21", "sglang-kernel-0.4.2", "sglang-kernel-0.4.5", "vllm-0.10.0",
+    "vllm-0.11.0", "vllm-0.16.0", "vllm-0.18.1", "vllm-0.33.0",
+)  # fmt: skip
 
 
 def in_a_minefield(size: int, offset: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -370,12 +386,12 @@ def in_a_minefield(size: int, offset: int = 0) -> tuple[torch.Tensor, torch.Tens
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("build", ["sgl-kernel-0.3.21", "sglang-kernel-0.4.2", "vllm-0.33.0"])
+@pytest.mark.parametrize("build", LAYOUTS)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_nothing_is_written_outside_the_tensor(policy: str, build: str, mask: str) -> None:
     rng = random.Random(f"{policy} {build} {mask}")
     causal, window = MASKS[mask]
-    archs = (90, 86) if policy == "fa3" and not build.startswith("vllm") else (90,)
+    archs = (90, 86) if policy == "fa3" and rules_for(build).sm8x_tiles else (90,)
     for i in range(60):
         batch = rng.choice((1, 31, 32, 33, 991, 992, 993, 1100)) if i % 4 == 0 else rng.randint(1, 1100)
         problem = {

@@ -11,9 +11,9 @@ from fa3_metadata import MetadataPlan, MetadataPlans
 from fa3_metadata.providers import load_forward
 
 from .test_gpu_integration import PLAN, for_vllm, layer
-from .test_gpu_wheels import PACKAGE, WHEEL
+from .test_gpu_wheels import PACKAGE, WHEEL, needs_paged_and_local, needs_wheel
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(WHEEL is None, reason="no FA3 wheel is installed")]
+pytestmark = [pytest.mark.gpu, needs_wheel, needs_paged_and_local]
 LAYERS = ((-1, -1), (255, 0), (255, 0), (-1, -1), (255, 0), (255, 0))  # windows
 FA3S, OURS = "prepare_varlen_num_blocks_kernel", "prepare_layer_groups_kernel"
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")

@@ -10,9 +10,9 @@ import sys
 import pytest
 import torch
 
-from .test_gpu_wheels import WHEEL
+from .test_gpu_wheels import WHEEL, needs_paged_and_local, needs_wheel
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(WHEEL is None, reason="no FA3 wheel is installed")]
+pytestmark = [pytest.mark.gpu, needs_wheel, needs_paged_and_local]
 ROOT = pathlib.Path(__file__).parent.parent
 GPUS = torch.cuda.device_count()
 

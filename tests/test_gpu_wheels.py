@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 
 import fa3_metadata
 import pytest
 import torch
-from fa3_metadata.decode_batch import attend, make_decode_batch
+from fa3_metadata.decode_batch import DecodeBatch, attend, make_decode_batch
 from fa3_metadata.detect import BUILD_VARIABLE, SEARCH_ORDER, installed_version
 from fa3_metadata.native import native_op
+from fa3_metadata.providers import load_forward
 from fa3_metadata.triton_kernels.builds import package_of
 
-from .cases import POISON, Case, boundary_case, random_case
+from .cases import POISON, Case, boundary_case, crowded_case, random_case
 from .conftest import HAS_GPU
 
 pytestmark = pytest.mark.gpu
 
 WHEEL = next((f"{name}-{version}" for name in SEARCH_ORDER if (version := installed_version(name))), None)
 PACKAGE = package_of(WHEEL) if WHEEL else None
-PARTS, RANDOM_CASES, BOUNDARY_CASES = 20, 2400, 1200  # of every build; spread over the parts
+HAS_PAGED_AND_LOCAL = PACKAGE != "fa3-fwd"  # which is compiled without paged KV and sliding windows, as it is published
+PARTS, RANDOM_CASES, BOUNDARY_CASES, CROWDED_CASES = 20, 2400, 1200, 600  # of every build; spread over the parts
 
 
 def _why_no_op() -> str | None:
@@ -38,6 +42,9 @@ def _why_no_op() -> str | None:
 NO_OP = _why_no_op() if HAS_GPU else "no CUDA GPU on this machine"
 needs_op = pytest.mark.skipif(NO_OP is not None, reason=str(NO_OP))
 needs_wheel = pytest.mark.skipif(WHEEL is None, reason="no FA3 wheel is installed")
+needs_paged_and_local = pytest.mark.skipif(
+    not HAS_PAGED_AND_LOCAL, reason=f"{WHEEL} has no kernels for paged KV and sliding windows"
+)
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +73,14 @@ def test_fresh_boundary_cases(part: int, num_sms: int) -> None:
     rng = random.Random(f"boundary {part}")
     for _ in range(BOUNDARY_CASES // PARTS):
         against_wheel(boundary_case(rng, str(WHEEL), num_sms))
+
+
+@needs_op
+@pytest.mark.parametrize("part", range(PARTS))
+def test_fresh_cases_in_which_the_wheels_own_bound_decides(part: int, num_sms: int) -> None:
+    rng = random.Random(f"crowded {part}")
+    for _ in range(CROWDED_CASES // PARTS):
+        against_wheel(crowded_case(rng, str(WHEEL), num_sms))
 
 
 @needs_op
@@ -114,7 +129,8 @@ def test_replays_of_a_captured_launch_follow_the_lengths(batch: int, causal: boo
         rows, wanted = (fa3_metadata.unpack_metadata(t, layout) for t in (made, expected))
         for name in rows:
             assert torch.equal(rows[name], wanted[name]), name
-        assert out[layout.size - 1] == 0
+        assert layout.semaphore is not None
+        assert out[layout.semaphore] == 0
 
 
 LENGTHS: dict[str, list[int]] = {
@@ -128,6 +144,15 @@ MASKS = {"causal": (True, (-1, -1)), "full": (False, (-1, -1)), "window": (True,
 NUM_SPLITS = (0, 7, 1)  # FA3's heuristic, a bound of the caller's, none
 
 
+def attend_unpaged(batch: DecodeBatch, metadata: torch.Tensor | None, num_splits: int) -> torch.Tensor:
+    """The output over the same keys and values, laid out as a cache that is not paged and holds as many a sequence."""
+    k, v = (cache[batch.page_table].flatten(1, 2) for cache in (batch.k_cache, batch.v_cache))
+    return load_forward(str(WHEEL))(
+        batch.q, k, v, cache_seqlens=batch.cache_seqlens, causal=batch.causal, scheduler_metadata=metadata,
+        num_splits=num_splits,
+    )  # fmt: skip
+
+
 @needs_wheel
 @pytest.mark.parametrize("heads", [(8, 1), (32, 8), (7, 7)], ids=str)
 @pytest.mark.parametrize("mask", MASKS)
@@ -137,17 +162,21 @@ def test_forward_gives_the_same_bits_with_our_metadata_as_without(
 ) -> None:
     """The wheel's output with our metadata must have the bits of its output without any."""
     causal, window = MASKS[mask]
+    if window != (-1, -1) and not HAS_PAGED_AND_LOCAL:
+        pytest.skip(f"{WHEEL} has no kernels for sliding windows")
     for seqlen_q in (1, 4):
         batch = make_decode_batch(
             LENGTHS[lengths], *heads, 128, max_seqlen_q=seqlen_q, causal=causal, window_size=window, seed=seqlen_q
         )
+        problem = batch.problem_arguments()
+        run: Callable[..., torch.Tensor] = functools.partial(attend, str(WHEEL))
+        if not HAS_PAGED_AND_LOCAL:
+            problem["page_size"], run = None, attend_unpaged
         for num_splits in NUM_SPLITS:
-            metadata = fa3_metadata.get_scheduler_metadata(
-                **batch.problem_arguments(), num_splits=num_splits, build=WHEEL
-            )
-            expected = attend(str(WHEEL), batch, None, num_splits)
+            metadata = fa3_metadata.get_scheduler_metadata(**problem, num_splits=num_splits, build=WHEEL)
+            expected = run(batch, None, num_splits)
             for layer in range(2):  # the semaphore must be zero again after each use
-                got = attend(str(WHEEL), batch, metadata, num_splits)
+                got = run(batch, metadata, num_splits)
                 assert torch.equal(got, expected), f"num_splits {num_splits}, q length {seqlen_q}, layer {layer}"
 
 

@@ -26,6 +26,7 @@ from .tables import Table, find_table
 
 NUM_CANDIDATES = 8  # for the key blocks of a split, see reference.py
 MOST_FOR_ALL_CANDIDATES = 128  # sequences, a power of two; in larger batches every second is tried: a shorter launch
+MOST_QUERY_BLOCKS = 15  # of a sequence that the model counts: more than a call that it serves may have, and four bits
 _MAX_SPLITS = 128  # what FA3's heuristic allows, too
 _MIN_COMBINE_SPLITS = 32  # the combine kernel costs the same up to here
 

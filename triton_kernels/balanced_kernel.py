@@ -8,14 +8,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .balance import MOST_FOR_ALL_CANDIDATES, NUM_CANDIDATES
+from .balance import MOST_FOR_ALL_CANDIDATES, MOST_QUERY_BLOCKS, NUM_CANDIDATES
 from .blocks import cdiv, num_blocks
 
 CANDIDATES = tl.constexpr(NUM_CANDIDATES)
 HALF = tl.constexpr(NUM_CANDIDATES // 2)
 WARP = tl.constexpr(32)
+MOST_M_BLOCKS = tl.constexpr(MOST_QUERY_BLOCKS)
 ALL_CANDIDATES = tl.constexpr(MOST_FOR_ALL_CANDIDATES)
 ONE_WARP = tl.constexpr(64)  # the most sequences that one warp alone works on (launch_*.json)
+
+
+@triton.jit
+def few_blocks(num_m):
+    """Query blocks as the model counts them: reference.split_balanced."""
+    return tl.minimum(num_m, MOST_M_BLOCKS)
 
 
 @triton.jit
@@ -40,12 +47,13 @@ def fastest_blocks_per_split(
     `group_m`, `group_n` [GROUP]: query and key blocks of `lengths`.
     """
     model = (num_heads.to(tl.float32), share, num_splits, tile, alone, split_cost)
+    group_m = few_blocks(group_m)
     if GROUP <= ONE_WARP:
         # [GROUP, CANDIDATES]. One number for three, made as wide as that (by adding zeros) before it is taken apart,
         # means one exchange between threads and not one for all that follows. Meanwhile the first sums are made.
         k = tl.arange(0, CANDIDATES)[None, :]
         work = work_of(group_m, group_n, causal_saving)
-        wide = ((work.to(tl.int64) << 32) | (group_n * 16 + tl.minimum(group_m, 15)))[:, None] + (k & CANDIDATES)
+        wide = ((work.to(tl.int64) << 32) | (group_n * 16 + group_m))[:, None] + (k & CANDIDATES)
         c, size, load, longest = _candidates(k, tl.sum(work), tl.max(group_n), model, SHORT)
         blocks, work = wide.to(tl.int32), (wide >> 32).to(tl.int32)
         tiles, big = _tiles(blocks & 15, blocks >> 4, c, size)
@@ -64,6 +72,7 @@ def fastest_blocks_per_split(
     k = tl.arange(0, HALF)[:, None, None]
     j = tl.arange(0, GROUP // WARP)[None, :, None] * WARP + tl.arange(0, WARP)[None, None, :] + (k & HALF)
     _, num_m, num_n = num_blocks(lengths, strides, j, j < batch_size, shape, WINDOW, SHORT)
+    num_m = few_blocks(num_m)
     work = work_of(num_m, num_n, causal_saving)
     longest = tl.max(tl.max(num_n, axis=1, keep_dims=True), axis=2, keep_dims=True)
     batch = (num_m, num_n, work, _of_all(work), longest)

@@ -136,8 +136,9 @@ VLLM_0_8_5 = replace(
     packs_with_splits="only",
     forward_lacks=("num_splits", "pack_gqa", "sm_margin"),
 )
+VLLM_0_9_2 = replace(VLLM_0_8_5, name="vllm-0.9.2", forward_lacks=("pack_gqa", "sm_margin"))
 VLLM_0_10_1 = replace(
-    VLLM_0_8_5,
+    VLLM_0_9_2,
     name="vllm-0.10.1",
     sm90_tiles={2: tiles.VLLM_0_10_1_16, 1: tiles.UPSTREAM_8},
     one_wg_headdims=(64, 128),
@@ -146,7 +147,6 @@ VLLM_0_10_1 = replace(
     packs_with_splits="also",
     packs_narrow_windows=True,
     one_split_drops_row=True,
-    forward_lacks=("pack_gqa", "sm_margin"),
 )
 VLLM_0_11_1 = replace(VLLM_0_10_1, name="vllm-0.11.1", sm90_tiles={2: tiles.VLLM_0_10_1_16, 1: tiles.SGLANG_8})
 # Then upstream's kernel: batch order, query lengths in place of query blocks, another L2 budget.
@@ -183,10 +183,13 @@ class Release:
 # Each range has recordings in tests/data: of the first and last version, and of every one at which a wheel changed.
 RELEASES = (
     Release("sgl-kernel", "0.1.0", "0.3.16", SGL_LEGACY),
-    Release("sgl-kernel", "0.3.16.post1", "0.3.21", UPSTREAM),
+    Release("sgl-kernel", "0.3.16.post1", "0.3.16.post1", UPSTREAM),
+    Release("sgl-kernel", "0.3.16.post2", "0.3.16.post2", SGL_LEGACY),  # went back
+    Release("sgl-kernel", "0.3.16.post3", "0.3.21", UPSTREAM),
     Release("sglang-kernel", "0.4.0", "0.4.4", SGLANG),
     Release("sglang-kernel", "0.4.5", "0.4.10", SGLANG_0_4_5),
-    Release("vllm", "0.8.5", "0.10.0", VLLM_0_8_5),
+    Release("vllm", "0.8.5", "0.9.1", VLLM_0_8_5),
+    Release("vllm", "0.9.2", "0.10.0", VLLM_0_9_2),
     Release("vllm", "0.10.1", "0.11.0", VLLM_0_10_1),
     Release("vllm", "0.11.1", "0.16.0", VLLM_0_11_1),
     Release("vllm", "0.17.0", "0.18.1", VLLM_0_17),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .balanced_kernel import balanced_split, fastest_blocks_per_split, group_load, work_of
+from .balanced_kernel import balanced_split, fastest_blocks_per_split, few_blocks, group_load, work_of
 from .blocks import cdiv, num_blocks
 from .builds import MAX_DYNAMIC_SPLIT_BATCH
 
@@ -100,16 +100,16 @@ def _write_metadata(
                 num_splits, num_heads, tile_cost, alone_cost, split_cost, WINDOW, SHORT, GROUP,
             )  # fmt: skip
         if SPLITS == LOAD:
-            work = tl.sum(work_of(group_m, group_n, causal_saving))
+            work = tl.sum(work_of(few_blocks(group_m), group_n, causal_saving))
             blocks_per_split = group_load(work, group_start, group_end, batch_size, num_heads, load_factor)
         splits, num_n = balanced_split(num_n, blocks_per_split, num_splits, SHORT)
         _, group_n = balanced_split(group_n, blocks_per_split, num_splits, SHORT)
 
-    # splits -> order: falling key, ties in batch order. Keys are blocks, or whole tokens / 16.
+    # splits -> order: falling key, ties in batch order. Keys are blocks, or whole tokens (in sixteens where SHORT).
     position = i
     if BATCH_IDX_ROW >= 0:
-        per_n = tl.where(is_causal != 0, tile_n[0] >> 4, 1)
-        per_m = tl.where(is_causal != 0, tile_m[0] >> 4, 0)
+        per_n = tl.where(is_causal != 0, tile_n[0] >> (4 if SHORT else 0), 1)
+        per_m = tl.where(is_causal != 0, tile_m[0] >> (4 if SHORT else 0), 0)
         key, group_key = num_n * per_n - num_m * per_m, group_n * per_n - group_m * per_m
         # [GROUP, SLICE], which has threads side by side along the slice, so that most sums stay within a thread
         if SHORT:  # the place in the low bits makes all keys different, and a difference's sign says which is greater

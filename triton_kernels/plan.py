@@ -80,6 +80,7 @@ def make_plan(problem: Problem, rules: FA3Rules) -> LaunchPlan:
     if reason := unsupported_reason(rules, problem):
         raise ValueError(reason)
     p, group = problem, problem.q_heads_per_kv_head
+    query_rows = _int32(p.max_seqlen_q * group)
     is_causal, is_local, window = _normalise_mask(p)
     mask_flags = _tile_flags(p, is_causal, is_local)
     flags = mask_flags
@@ -96,7 +97,7 @@ def make_plan(problem: Problem, rules: FA3Rules) -> LaunchPlan:
         and p.max_seqlen_k_new == 0
         and (rules.paged_tma_when_local or not is_local)
         and p.page_size % block_n == 0
-        and p.max_seqlen_q * group > block_m
+        and query_rows > block_m
     )
     paged_non_tma = paged and not paged_kv_tma
     if paged_non_tma:
@@ -112,7 +113,7 @@ def make_plan(problem: Problem, rules: FA3Rules) -> LaunchPlan:
     splits_tile = block_m, block_n = _tile(p, rules, flags | {"split"})
     balanced = (
         p.policy == "balanced"
-        and p.max_seqlen_q * group <= MAX_BALANCED_M_BLOCKS * block_m
+        and 0 <= query_rows <= MAX_BALANCED_M_BLOCKS * block_m
         and p.batch_size <= rules.most_split_by_metadata
     )
     # Only a forward that is told the bound has room for ours; another one has room for FA3's.
@@ -123,7 +124,7 @@ def make_plan(problem: Problem, rules: FA3Rules) -> LaunchPlan:
         keys_read = _keys_read(p, block_m, is_local, window)
         bound = (keys_read, num_sms, block_m, block_n, is_causal or is_local)
         if own_bound:
-            tiles = p.num_heads_k * -(-p.max_seqlen_q * group // block_m)
+            tiles = p.num_heads_k * _num_blocks(query_rows, block_m)
             fa3, _ = _resolve_num_splits(p, tiles, *bound)
             num_splits = balanced_num_splits(p, tiles, -(-keys_read // block_n), num_sms, fa3)
             splits_reason = "what may pay, within max_partial_bytes"
@@ -270,7 +271,7 @@ def _normalise_mask(p: Problem) -> tuple[bool, bool, tuple[int, int]]:
 
 def _one_wg_flag(p: Problem, rules: FA3Rules, is_local: bool, pack_gqa: bool) -> frozenset[str]:
     """The tile flag of kernels with a single MMA warpgroup, where this build has and uses one."""
-    rows = p.max_seqlen_q * (p.q_heads_per_kv_head if pack_gqa else 1)
+    rows = _int32(p.max_seqlen_q * (p.q_heads_per_kv_head if pack_gqa else 1))
     uses = (
         p.headdim in rules.one_wg_headdims and p.arch >= 90 and rows <= 64 and (rules.one_wg_when_local or not is_local)
     )
@@ -308,17 +309,16 @@ def _tile(p: Problem, rules: FA3Rules, flags: frozenset[str]) -> tuple[int, int]
 
 def _tiles_counted(p: Problem, rules: FA3Rules, block_m: int) -> int:
     """Query blocks of all KV heads that FA3's bound on splits counts."""
-    if rules.bound_depends_on_batch:
-        return p.num_heads_k * -(-p.query_tokens * p.q_heads_per_kv_head // block_m)
+    tokens = p.query_tokens if rules.bound_depends_on_batch else p.max_seqlen_q
     sequences = 1 if p.batch_size <= rules.most_split_by_metadata else p.batch_size
-    return sequences * p.num_heads_k * -(-p.max_seqlen_q * p.q_heads_per_kv_head // block_m)
+    return _int32(sequences * p.num_heads_k * _num_blocks(_int32(tokens * p.q_heads_per_kv_head), block_m))
 
 
 def _resolve_num_splits(
     p: Problem, total_m_blocks: int, keys_read: int, num_sms: int, block_m: int, block_n: int, is_masked: bool
 ) -> tuple[int, str]:
     """FA3's upper bound on splits, and why: most builds count the tiles of one sequence of the largest length."""
-    num_m_blocks = -(-p.max_seqlen_q * p.q_heads_per_kv_head // block_m)
+    num_m_blocks = _num_blocks(_int32(p.max_seqlen_q * p.q_heads_per_kv_head), block_m)
     num_n_blocks = -(-keys_read // block_n)
     kv_head_bytes = _int32(p.max_seqlen_k * (p.headdim + p.value_headdim) * p.element_size)
 
@@ -348,7 +348,8 @@ def _keys_read(p: Problem, block_m: int, is_local: bool, window: tuple[int, int]
 def _most_efficient_splits(total_m_blocks: int, num_sms: int, max_splits: int) -> int:
     tiles = (total_m_blocks * np.arange(1, max_splits + 1)).astype(np.float32)
     waves = tiles / np.float32(num_sms)
-    efficiency = waves / np.ceil(waves)
+    with np.errstate(divide="ignore", invalid="ignore"):  # no queries, or so many that their number has wrapped
+        efficiency = waves / np.ceil(waves)
     good_enough = efficiency.astype(np.float64) >= 0.85 * float(efficiency.max())
     return int(np.argmax(good_enough)) + 1
 
@@ -392,3 +393,8 @@ def _tile_fill(rows: int, block_m: int) -> np.float32:
 def _int32(value: int) -> int:
     """`value` wrapped as C++ int arithmetic wraps it."""
     return (value + 2**31) % 2**32 - 2**31
+
+
+def _num_blocks(rows: int, block_m: int) -> int:
+    """ceil_div(rows, kBlockM) in C++ ints, which divide towards zero: rows that have wrapped are negative."""
+    return int(_int32(rows + block_m - 1) / block_m)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .balance import MOST_FOR_ALL_CANDIDATES, NUM_CANDIDATES, Costs
+from .balance import MOST_FOR_ALL_CANDIDATES, MOST_QUERY_BLOCKS, NUM_CANDIDATES, Costs
 from .builds import MAX_DYNAMIC_SPLIT_BATCH
 from .plan import LaunchPlan
 from .problem import SHORT_LIMIT, Problem
@@ -123,7 +123,8 @@ def _split(plan: LaunchPlan, num_m_blocks: Ints, num_n_blocks: Ints) -> Ints:
     """KV splits of every sequence: as many as keep each near the SMs' average load plus 10 %."""
     total_blocks = np.sum(num_m_blocks * num_n_blocks, dtype=np.int32)
     per_head = np.float32(total_blocks) * np.float32(1.1)
-    blocks_per_sm = np.int32(np.ceil(per_head * np.float32(plan.num_heads) * approximate_reciprocal(plan.num_sms)))
+    load = np.ceil(per_head * np.float32(plan.num_heads) * approximate_reciprocal(plan.num_sms))
+    blocks_per_sm = np.int32(min(load, np.float32(2**31 - 128)))  # the GPU's conversion to int32 saturates
     if blocks_per_sm <= 0:  # no queries at all
         return np.ones_like(num_n_blocks)
     wanted = (num_n_blocks + blocks_per_sm - np.int32(1)) // blocks_per_sm
@@ -133,6 +134,7 @@ def _split(plan: LaunchPlan, num_m_blocks: Ints, num_n_blocks: Ints) -> Ints:
 def split_balanced(plan: LaunchPlan, num_m_blocks: Ints, blocks: Ints) -> Ints:
     """KV splits of every sequence: none longer than the number of key blocks predicted to be fastest."""
     assert plan.costs is not None
+    num_m_blocks = np.minimum(num_m_blocks, np.int32(MOST_QUERY_BLOCKS))  # query lengths may be absurd
     if plan.costs.fixed_blocks:
         blocks_per_split: Ints | np.int32 = np.int32(plan.costs.fixed_blocks)
     elif not plan.searches_splits:
