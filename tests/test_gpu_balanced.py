@@ -76,11 +76,9 @@ class Layer:
 
     def layout(self) -> Any:
         """What `wrap_forward` should have come to, from the call itself."""
-        asked, device = ForwardCall.read(self.theirs), self.call["q"].device
-        problem = unchecked_replace(
-            asked.problem(*device_facts(device, None, None)), **self.options, gpu=gpu_name(device)
-        )
-        return resolve(problem, rules_for(str(WHEEL))).plan.layout
+        asked, device, rules = ForwardCall.read(self.theirs), self.call["q"].device, rules_for(str(WHEEL))
+        problem = asked.problem(*device_facts(device, None, None), rules)
+        return resolve(unchecked_replace(problem, **self.options, gpu=gpu_name(device)), rules).plan.layout
 
     def check_bound(self) -> None:
         """The metadata last handed over has no more splits than the forward was told to have room for."""

@@ -58,7 +58,7 @@ class MetadataLayout:
 
     def size_for(self, batch_size: int) -> int:
         """Elements in the tensor of another batch that has the same rows."""
-        return len(self.row_names) * padded(batch_size, self.row_alignment) + self.has_semaphore
+        return len(self.row_names) * padded(batch_size, self.row_alignment) + int(self.has_semaphore)
 
     @property
     def rows(self) -> dict[str, slice]:
