@@ -14,6 +14,7 @@ COMMANDS = {
     "sglang-check": "a real SGLang's logits with and without our metadata, bit for bit",
     "install-check": "what install() gives to an sgl-kernel that makes no metadata: every output compared, times",
     "wheel-rules": "our rules against published wheels themselves: tiles, splits, packing; no GPU needed",
+    "releases": "the table of supported builds, from what is recorded of each",
     "record": "what an installed wheel's own op makes of random calls, for tests/data",
     "stress": "random replays of captured steps, every output compared bitwise",
 }

@@ -99,6 +99,8 @@ def test_recorded_names_hold(version: str) -> None:
 def test_how_far_back_the_names_go() -> None:
     """For the documentation: `attach` refuses a vLLM whose names are others, though its metadata is known."""
     assert is_supported("0.20.0")
+    for version, record in recorded().items():
+        assert bool(broken(record["facts"])) == (version not in ATTACHED), version
     lines = broken(recorded()["0.20.0"]["facts"])
     assert any(line.startswith(f"{adapter.MLA}: expected `from {adapter.FA_UTILS} import") for line in lines)
 
