@@ -13,7 +13,7 @@ from .install import install, uninstall
 from .layer_groups import MetadataPlans
 from .layer_plan import MetadataPlan
 from .triton_kernels.layout import MetadataLayout
-from .wrapper import policy_of, step, wrap_forward
+from .wrapper import step, wrap_forward, wrapping_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,5 +46,5 @@ def __getattr__(name: str) -> Any:
 
     build = detect_build().build
     forward = load_forward(build)  # `install` may have wrapped it, with a policy of its own
-    globals()[name] = wrapped = wrap_forward(forward, build) if policy_of(forward) is None else forward
+    globals()[name] = wrapped = wrap_forward(forward, build) if wrapping_of(forward) is None else forward
     return wrapped

@@ -86,7 +86,7 @@ def get_scheduler_metadata(
         max_seqlen_k_new: keys appended to every sequence, or the most of any with `cu_seqlens_k_new`.
         causal: causal mask, aligned to the last query and key.
         window_size: (left, right) tokens visible around a query, both ends inclusive; -1: unlimited.
-        attention_chunk: chunk length in tokens; 0: off. vLLM's build has none.
+        attention_chunk: chunk length in tokens; 0: off. vLLM's builds and sgl-kernel up to 0.3.16 have none.
         has_softcap: whether the forward caps scores.
         num_splits: upper bound on the KV splits of a sequence, at most 256; 0: FA3's heuristic.
         pack_gqa: whether q heads of a KV head share tiles; None: FA3's heuristic.
@@ -102,15 +102,17 @@ def get_scheduler_metadata(
         arch: compute capability as 10 * major + minor: 80, 86, 89 or 90. None: that of the device, 90 on CPU.
         num_sms: SMs of the device. None: those of the device, 132 on CPU.
         batch_invariant: with "balanced", the splits of a sequence depend on its own length alone, so that its
-            attention has the same bits whatever else is in the batch. Calls of more than 8 query blocks a sequence
-            (prefills) follow FA3's rule whatever the policy, and are not invariant.
+            attention has the same bits whatever else is in the batch; vLLM's builds take splits for up to 992
+            sequences. Calls of more than 8 query blocks a sequence (prefills) follow FA3's rule whatever the policy,
+            and are not invariant.
         max_partial_bytes: with "balanced" and num_splits 0, what the forward's partial outputs may take; not applied
             with `batch_invariant`.
         total_q: with ragged queries, q.shape[0] of the forward, which the bound on splits of sglang-kernel 0.4.5 and
             later counts. None: batch_size * max_seqlen_q, as FA3's own op takes it; a forward that is called with
             num_splits 0 and has fewer queries may then come to fewer splits than the metadata has.
-        forward_is_told: that the forward is given `metadata_layout(...).num_splits`. False: it is called with 0, so
-            that "balanced", too, stays within the bound that the build's forward comes to by itself.
+        forward_is_told: that the forward is given `metadata_layout(...).num_splits`. False: it is called with this
+            call's own num_splits, so that with 0 "balanced", too, stays within the bound that the build's forward
+            comes to by itself.
 
     Returns:
         int32 tensor on the device of `cache_seqlens`, laid out as `metadata_layout(...)` says: `out`, or its
@@ -135,6 +137,8 @@ def get_scheduler_metadata(
         torch.ops.fa3_metadata.get_scheduler_metadata_out(out, *operands)
         return out
     build, rules = resolve_build(build)
+    if type(total_q) is int and total_q >= 0 and not rules.bound_depends_on_batch:
+        total_q = None  # of no account, and not worth another kind of call
     given = (cache_seqlens, cu_seqlens_q, cu_seqlens_k, cu_seqlens_k_new, seqused_q, leftpad_k)
     sizes = (batch_size, max_seqlen_k)
     static = (  # in the order of STATIC
@@ -160,7 +164,7 @@ def get_scheduler_metadata(
         if kind is not None:
             keep_calls(kind, calls)
     resolved = calls.resolve(sizes, tensors, rules, static)
-    out = output_tensor(out, resolved.size, cache_seqlens.device)
+    out = output_tensor(out, resolved.size, cache_seqlens.device, tensors)
     if backend == "native":
         out.copy_(native_metadata(build, resolved.problem, tensors))
     elif backend == "reference" or (backend == "auto" and out.device.type == "cpu"):

@@ -117,8 +117,10 @@ def make_problem(
     )
 
 
-def output_tensor(out: torch.Tensor | None, size: int, device: torch.device) -> torch.Tensor:
-    """A tensor of `size` elements: the start of `out`, checked, or a new one."""
+def output_tensor(
+    out: torch.Tensor | None, size: int, device: torch.device, lengths: LengthTensors | None = None
+) -> torch.Tensor:
+    """A tensor of `size` elements: the start of `out`, checked, or a new one. It must not overlap `lengths`."""
     if out is None:
         return torch.empty(size, dtype=torch.int32, device=device)
     if not isinstance(out, torch.Tensor):
@@ -132,4 +134,23 @@ def output_tensor(out: torch.Tensor | None, size: int, device: torch.device) -> 
             f"out must be a contiguous 1-D tensor of at least {size} elements, "
             f"got shape {tuple(out.shape)} with strides {out.stride()}"
         )
-    return out if out.numel() == size else out[:size]
+    made = out if out.numel() == size else out[:size]
+    for name, tensor in zip(LengthTensors._fields, lengths or (), strict=False):
+        if tensor is not None and name != "cu_seqlens_k" and overlap(made, tensor):  # which nobody reads
+            raise ValueError(f"out must not overlap {name}, which is read while it is written")
+    return made
+
+
+def overlap(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether two 1-D tensors on one device have memory in common, as far as their first and last elements tell."""
+    (a, a_end), (b, b_end) = _ends(first), _ends(second)
+    return a < b_end and b < a_end
+
+
+def _ends(tensor: torch.Tensor) -> tuple[int, int]:
+    """Addresses of the first byte and of the one after the last."""
+    start = tensor.data_ptr()
+    if not tensor.numel():
+        return start, start
+    reach = (tensor.numel() - 1) * tensor.stride(0) * tensor.element_size()
+    return start + min(reach, 0), start + max(reach, 0) + tensor.element_size()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -11,11 +12,18 @@ from .arguments import LengthTensors, dtype_name
 from .triton_kernels.builds import FA3Rules
 from .triton_kernels.problem import Problem
 
-# Arguments that change what is computed in ways the metadata does not know, and their harmless values.
-_UNKNOWN = {
+# Arguments of published forwards that the schedule does not depend on.
+_NO_MATTER = frozenset({
+    "v", "qv", "q_v", "rotary_cos", "rotary_sin", "rotary_seqlens", "rotary_interleaved", "cache_batch_idx",
+    "q_descale", "k_descale", "v_descale", "softmax_scale", "return_softmax_lse", "return_attn_probs", "sinks", "s_aux",
+    "out", "output_scale", "dropout_p", "deterministic", "cp_rank", "aux_tensor_leading_dims",
+})  # fmt: skip
+# Those that change what is computed in ways the metadata does not know, and their harmless values.
+_HARMLESS = {
     "score_mod": (None,), "aux_tensors": (None,), "mask_mod": (None,), "block_sparse_tensors": (None,),
-    "cp_world_size": (1,), "dynamic_causal": (None,), "gather_kv_indices": (None,), "alibi_slopes": (None,),
-    "cu_seqlens_k": (None,), "only_qv": (False,),
+    "cp_world_size": (None, 1), "cp_tot_seqused_k": (None,), "dynamic_causal": (None,), "gather_kv_indices": (None,),
+    "gather_kv_valid_length": (None,), "alibi_slopes": (None,), "cu_seqlens_k": (None,), "only_qv": (None, False),
+    "batch_invariant": (None, False),
 }  # fmt: skip
 
 
@@ -28,6 +36,7 @@ class ForwardCall(NamedTuple):
     cache_seqlens: torch.Tensor | None = None  # [b]
     page_table: torch.Tensor | None = None  # [b, pages of a sequence]
     cu_seqlens_q: torch.Tensor | None = None  # [b + 1]
+    seqused_q: torch.Tensor | None = None  # [b]; no published forward takes it yet
     cu_seqlens_k_new: torch.Tensor | None = None  # [b + 1]
     leftpad_k: torch.Tensor | None = None  # [b]
     k_new: torch.Tensor | None = None  # [b, s_new, hk, d], or [total_new, hk, d] with cu_seqlens_k_new
@@ -45,15 +54,27 @@ class ForwardCall(NamedTuple):
     unknown: tuple[str, ...] = ()  # arguments in use whose effect on the schedule is not known
 
     @classmethod
-    def read(cls, call: Mapping[str, Any]) -> ForwardCall:
-        """From the arguments of `flash_attn_with_kvcache`, or of vLLM's `flash_attn_varlen_func`, by name."""
-        names = _VARLEN if "block_table" in call or "seqused_k" in call or "fa_version" in call else _WITH_KVCACHE
+    def read(cls, call: Mapping[str, Any], defaults: Mapping[str, Any] = MappingProxyType({})) -> ForwardCall:
+        """From the arguments of `flash_attn_with_kvcache`, or of vLLM's `flash_attn_varlen_func`, by name.
+
+        `defaults` are those of the forward, by name: what it does where the call says nothing.
+        """
+        if "block_table" in call or "seqused_k" in call or "fa_version" in call or "fa_version" in defaults:
+            names, known = _VARLEN, _VARLEN_KNOWN
+        else:
+            names, known = _WITH_KVCACHE, _WITH_KVCACHE_KNOWN
         given = {ours: call[theirs] for ours, theirs in names if theirs in call}
+        if "version" not in given and (version := defaults.get(names[-1][1])) is not None:
+            given["version"] = version
         for ours, theirs in names[:3]:
             if not isinstance(given.get(ours), torch.Tensor):
                 raise TypeError(f"{theirs} must be a tensor, got {given.get(ours)!r}")
-        unknown = tuple(name for name, harmless in _UNKNOWN.items() if name in call and call[name] not in harmless)
-        return cls(**given, unknown=unknown)
+        unknown = [
+            name for name, harmless in _HARMLESS.items() if name in call and not _is_one_of(call[name], harmless)
+        ]
+        if others := call.keys() - known:
+            unknown += sorted(name for name in others if not _is_one_of(call[name], (None, defaults.get(name))))
+        return cls(**given, unknown=tuple(unknown))
 
     @property
     def device(self) -> torch.device:
@@ -83,12 +104,15 @@ class ForwardCall(NamedTuple):
         return LengthTensors(
             self.cache_seqlens,
             cu_seqlens_q=self.cu_seqlens_q,
+            seqused_q=self.seqused_q,
             cu_seqlens_k_new=None if self.k_new is None else self.cu_seqlens_k_new,  # FA3 reads it only with k
             leftpad_k=self.leftpad_k,
         )
 
-    def problem(self, arch: int, num_sms: int, rules: FA3Rules) -> Problem:
+    def problem(self, arch: int, num_sms: int, rules: FA3Rules | None) -> Problem:
         """What the forward's own metadata stage is asked; remembered, since layers ask the same every step.
+
+        `rules` are the build's where its bound on splits is to be found, which may count the queries; else None.
 
         Raises `TypeError` or `ValueError` for what FA3 does not support.
         """
@@ -98,8 +122,9 @@ class ForwardCall(NamedTuple):
             self.q.shape, self.q.dtype, self.k_cache.shape, self.v_cache.shape[-1],
             None if table is None else table.shape[1], None if starts is None else starts.shape[0],
             self.max_seqlen_q, self.max_seqlen_k, None if new is None else new.shape,
-            self.cu_seqlens_k_new is None, self.leftpad_k is None, self.causal, window, self.attention_chunk,
-            self.softcap > 0, self.num_splits, self.pack_gqa, self.sm_margin, arch, num_sms, rules,
+            self.cu_seqlens_k_new is None, self.leftpad_k is None, self.seqused_q is None, self.causal, window,
+            self.attention_chunk, self.softcap > 0, self.num_splits, self.pack_gqa, self.sm_margin, arch, num_sms,
+            rules,
         )  # fmt: skip
         if (found := _problems.get(key)) is None:
             if len(_problems) >= _MOST_PROBLEMS:
@@ -107,7 +132,7 @@ class ForwardCall(NamedTuple):
             found = _problems[key] = self._make_problem(window, arch, num_sms, rules)
         return found
 
-    def _make_problem(self, window: tuple[int, ...], arch: int, num_sms: int, rules: FA3Rules) -> Problem:
+    def _make_problem(self, window: tuple[int, ...], arch: int, num_sms: int, rules: FA3Rules | None) -> Problem:
         ragged = self.cu_seqlens_q is not None
         return Problem(
             batch_size=self.batch_size,
@@ -119,6 +144,7 @@ class ForwardCall(NamedTuple):
             headdim_v=self.v_cache.shape[-1],
             qkv_dtype=dtype_name(self.q.dtype),
             has_cu_seqlens_q=ragged,
+            has_seqused_q=self.seqused_q is not None,
             has_leftpad_k=self.leftpad_k is not None,
             page_size=None if self.page_table is None else self.k_cache.shape[1],
             max_seqlen_k_new=self._max_seqlen_k_new(),
@@ -131,7 +157,7 @@ class ForwardCall(NamedTuple):
             sm_margin=self.sm_margin,
             arch=arch,
             num_sms=num_sms,
-            total_q=self.q.shape[0] if ragged and rules.bound_depends_on_batch else None,
+            total_q=self.q.shape[0] if ragged and rules is not None and rules.bound_depends_on_batch else None,
         )
 
     def _max_seqlen_k(self) -> int:
@@ -146,7 +172,13 @@ class ForwardCall(NamedTuple):
         return 1 if self.cu_seqlens_k_new is not None else self.k_new.shape[1]
 
 
-# (our name, the forward's); the tensors that every call has come first.
+def _is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
+    """By identity, or as the same number: a tensor is compared with nothing."""
+    return any(value is one or (type(value) is type(one) and isinstance(one, int | float | str) and value == one)
+               for one in allowed)  # fmt: skip
+
+
+# (our name, the forward's); the tensors that every call has come first, and the version last.
 _FIELDS = tuple(name for name in ForwardCall._fields if name != "unknown")
 
 
@@ -159,5 +191,7 @@ _VARLEN = _names(  # vllm_flash_attn.flash_attn_varlen_func
     k_cache="k", v_cache="v", cache_seqlens="seqused_k", page_table="block_table", version="fa_version",
     k_new="no such argument",
 )  # fmt: skip
+_WITH_KVCACHE_KNOWN = {theirs for _, theirs in _WITH_KVCACHE} | _NO_MATTER | set(_HARMLESS)
+_VARLEN_KNOWN = {theirs for _, theirs in _VARLEN} | _NO_MATTER | set(_HARMLESS)
 _problems: dict[tuple[Any, ...], Problem] = {}
 _MOST_PROBLEMS = 4096

@@ -17,7 +17,7 @@ from .detect import detect_build
 from .providers import provider_of
 from .triton_kernels.builds import package_of, rules_for
 from .triton_kernels.problem import DEFAULT_PARTIAL_BYTES
-from .wrapper import SchedulePolicy, policy_of
+from .wrapper import SchedulePolicy, wrapping_of
 from .wrapper import wrap_forward as wrap
 
 DISABLE_VARIABLE = "FA3_METADATA_DISABLE"
@@ -66,8 +66,8 @@ def install(
 
     Raises:
         RuntimeError: no package of `build` is installed, or it does not load.
-        ValueError: `build` is not supported; `policy` is not valid, is given without `wrap_forward`, or is not the one
-            that the forward is wrapped with already.
+        ValueError: `build` is not supported; `policy` is not valid, or is given without `wrap_forward`; something is
+            installed already with another policy, or for a build that behaves otherwise.
     """
     chosen = SchedulePolicy(policy, batch_invariant, max_partial_bytes)
     if chosen.policy != "fa3" and not wrap_forward:
@@ -84,11 +84,16 @@ def install(
     done = []
     with _lock:
         forward = getattr(module, provider.forward)
-        theirs = policy_of(forward)
-        if wrap_forward and theirs not in (None, chosen):
-            raise ValueError(f"policy must be that of {theirs}, which {provider.forward} is wrapped with, got {chosen}")
-        if not hasattr(module, "get_scheduler_metadata"):
-            _put(module, "get_scheduler_metadata", functools.partial(get_scheduler_metadata, build=name))
+        theirs = wrapping_of(forward)
+        if wrap_forward and theirs is not None:
+            theirs.check(chosen, name)
+        there = getattr(module, "get_scheduler_metadata", None)
+        if isinstance(there, functools.partial) and there.func is get_scheduler_metadata:
+            if rules_for(installed_for := there.keywords["build"]) is not rules_for(name):
+                raise ValueError(f"build must be like {installed_for}, for which ours is installed already, got {name}")
+        if there is None:
+            made = functools.partial(get_scheduler_metadata, build=name)
+            _put(module, "get_scheduler_metadata", functools.update_wrapper(made, get_scheduler_metadata))
             done.append(f"put get_scheduler_metadata into {provider.module}")
         if wrap_forward and theirs is None:
             places = _modules_with(provider.forward, forward)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .arguments import LengthTensors
+from .arguments import LengthTensors, overlap
 from .resolved import ResolvedCall, load_launch, on_device
 from .triton_kernels.layout import padded
 from .triton_kernels.plan import batch_sizes_of_other_plans
@@ -23,12 +23,13 @@ class _Step:
     def __init__(self, resolved: list[ResolvedCall], views: tuple[torch.Tensor, ...]) -> None:
         self.resolved, self.views = resolved, views
         self.batch_size = resolved[0].batch_size
-        self.table: torch.Tensor | None = None  # the numbers of the plans, likewise
-        self.launch: Any = None  # for several plans on a GPU
+        self.table: torch.Tensor | None = None  # the numbers of the plans, for several on a GPU
+        self.launch: Any = None  # of all of them, likewise
 
 
 _MOST_REMEMBERED = 1024
 _ONE_OF_EACH_KERNEL = (1, 32, 64, 128, 256, 512, 992, 1984, 1985)  # launch.launch_shape; with splits and without
+_FIRST_OF_EACH_GROUP = (33, 65, 129, 257, 513)
 # Buffers that a CUDA graph writes to: the graph knows only their addresses, so they are never freed.
 _captured: list[torch.Tensor] = []
 
@@ -47,6 +48,10 @@ class MetadataPlans:
         self.plans = tuple(plans)
         first = self.plans[0]
         for plan in self.plans:
+            if len(self.plans) > 1 and (self.plans.count(plan) > 1 or len(plan._group.plans) > 1):
+                raise ValueError(
+                    "plans must be in one MetadataPlans alone, and once, got one that is in another or twice"
+                )
             for name in ("device", "varying"):
                 if getattr(plan, name) != getattr(first, name):
                     raise ValueError(f"plans must share {name}, got {getattr(first, name)} and {getattr(plan, name)}")
@@ -147,7 +152,7 @@ class MetadataPlans:
             batch_sizes: what will come; None: one size for each kernel that batches up to the largest need.
             dtype: of the lengths that will come; kernels are compiled for it.
         """
-        sizes = (*_ONE_OF_EACH_KERNEL, *self._sizes_of_other_plans()) if batch_sizes is None else batch_sizes
+        sizes = {*_ONE_OF_EACH_KERNEL, *self._sizes_around_other_plans()} if batch_sizes is None else batch_sizes
         for batch_size in {min(checked_int("batch_sizes", size, 0), self.max_batch_size) for size in sizes}:
             lengths = {
                 name: torch.zeros(batch_size + name.startswith("cu_"), dtype=dtype, device=self._buffer.device)
@@ -169,6 +174,9 @@ class MetadataPlans:
         tensors.check(batch_size)
         if tensors.cache_seqlens.device != first.device:
             raise ValueError(f"cache_seqlens must be on {first.device}, got {tensors.cache_seqlens.device}")
+        for name, tensor in zip(tensors._fields, tensors, strict=True):
+            if tensor is not None and overlap(self._buffer, tensor):
+                raise ValueError(f"{name} must not lie in the plan's own buffer, which is written while it is read")
         for name, tensor in given.items():
             if (tensor is not None) != (name in first.varying):
                 wanted = "a tensor" if name in first.varying else "None"
@@ -205,6 +213,13 @@ class MetadataPlans:
         found = {size for plan in self.plans for size in batch_sizes_of_other_plans(plan.problem, plan._rules)}
         return sorted({min(size, self.max_batch_size) for size in found})
 
+    def _sizes_around_other_plans(self) -> set[int]:
+        """For `warm_up`: where splits depend on the batch, these, the last before each, and the first of each shape."""
+        if not any(plan._rules.bound_depends_on_batch for plan in self.plans):
+            return set()
+        others = self._sizes_of_other_plans()
+        return {*others, *(size - 1 for size in others if size), *_FIRST_OF_EACH_GROUP}
+
     def _make_tables(self) -> tuple[torch.Tensor | None, dict[tuple[Any, ...], int]]:
         """The numbers of the plans on the device, for every batch size ahead of a capture; and which are whose."""
         if len(self.plans) == 1 or self._on_cpu:
@@ -225,5 +240,8 @@ class MetadataPlans:
 
 
 def _numbers_of(resolved: Sequence[ResolvedCall]) -> tuple[Any, ...]:
-    """What plans of the same group have of their own in a batch: the rest follows from it."""
+    """What tells the tables of a group's plans apart.
+
+    All other numbers follow from these, but for those of batches that have no splits, which no kernel reads then.
+    """
     return tuple((one.root.plan.num_splits, one.root.plan.pack_gqa) for one in resolved)

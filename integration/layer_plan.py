@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -21,8 +21,9 @@ from .triton_kernels.problem import DEFAULT_PARTIAL_BYTES, Problem, checked_int
 # Fields of a problem in which a forward may differ: FA3 comes to the same, or they are ours alone.
 _NOT_COMPARED = {
     "max_seqlen_k", "window_size", "causal", "num_splits", "pack_gqa", "sm_margin",
-    "policy", "batch_invariant", "max_partial_bytes", "gpu", "total_q", "forward_is_told",
+    "policy", "batch_invariant", "max_partial_bytes", "gpu", "forward_is_told",
 }  # fmt: skip
+_MOST_FITTING = 1024
 VARYING = ("cu_seqlens_q", "seqused_q", "cu_seqlens_k_new", "leftpad_k")
 
 
@@ -117,7 +118,7 @@ class MetadataPlan:
             self._bound = served.num_splits
         self._resolved: dict[int, ResolvedCall] = {}
         self._some_resolved: dict[bool, ResolvedCall] = {}  # of a batch up to 992, and of one above
-        self._fitting: set[tuple[ResolvedCall, Problem]] = set()  # forwards that were found to fit
+        self._fitting: set[tuple[ResolvedCall, Problem, bool]] = set()  # forwards that were found to fit
         self.sm_margin = sm_margin
         # Layouts of batches with dynamic splits may have a row more.
         some = {min(batch, self.max_batch_size) for batch in (1, MAX_DYNAMIC_SPLIT_BATCH, self.max_batch_size)}
@@ -191,12 +192,17 @@ class MetadataPlan:
     def forward_arguments(self, **call: Any) -> dict[str, Any]:
         """What to add to the forward's arguments: scheduler_metadata, num_splits, pack_gqa, sm_margin.
 
-        For vLLM, whose front end takes no pack_gqa and sm_margin, the first two.
+        For vLLM, whose front end takes no pack_gqa and sm_margin, the first two; up to vLLM 0.9.1, which takes no
+        num_splits either, the first, and `call` must be given.
 
         `call` are the forward's own arguments by name (q, k_cache, v_cache, page_table, causal, ...). Given any,
-        the call is compared with what the metadata was made for, and a `ValueError` names the first difference.
+        the call is compared with what the metadata was made for, and a `ValueError` names the first difference, or an
+        argument whose effect on the schedule is not known. Where the call says `num_splits` itself, what is returned
+        here replaces it: `forward(**call | plan.forward_arguments(**call))`, which is `run`.
         """
         metadata = self.metadata
+        if not call and "num_splits" in self._not_taken:
+            raise ValueError(f"call must be given for {self.build}, whose forward finds its bound on splits itself")
         if call:
             self._check_call(ForwardCall.read(call), metadata)
         ours = {
@@ -207,17 +213,38 @@ class MetadataPlan:
         }
         return {name: value for name, value in ours.items() if name not in self._not_taken}
 
+    def run(self, forward: Callable[..., Any], /, **call: Any) -> Any:
+        """`forward(**call)` with this plan's metadata and numbers in the place of the call's own.
+
+        Raises what `forward_arguments` raises, before `forward` is called.
+        """
+        return forward(**call | self.forward_arguments(**call))
+
     def _check_call(self, call: ForwardCall, metadata: torch.Tensor) -> None:
+        if reason := call.unsupported_reason():
+            raise ValueError(f"the forward must be one that the metadata is made for, got a call with {reason}")
         resolved = self.resolved(self._group.batch_size)
-        asked = call.problem(self.problem.arch, self.problem.num_sms, self._rules)
+        asked = call.problem(self.problem.arch, self.problem.num_sms, None)
         if metadata.device != call.device:
             raise ValueError(f"q must be on {metadata.device} like the plan, got {call.device}")
-        if (resolved, asked) not in self._fitting:
-            self._check_problem(resolved, asked)
-            self._fitting.add((resolved, asked))  # layers ask the same every step
+        lengths = call.lengths()
+        ragged = lengths.cu_seqlens_k_new is not None
+        if (resolved, asked, ragged) not in self._fitting:
+            self._check_problem(resolved, asked, ragged)
+            if len(self._fitting) >= _MOST_FITTING:
+                self._fitting.clear()
+            self._fitting.add((resolved, asked, ragged))  # layers ask the same every step
+        lengths.check(resolved.batch_size)
 
-    def _check_problem(self, resolved: ResolvedCall, asked: Problem) -> None:
+    def _check_problem(self, resolved: ResolvedCall, asked: Problem, ragged: bool) -> None:
         made, made_plan = resolved.problem, resolved.plan
+        if ragged != ("cu_seqlens_k_new" in self.varying):
+            wanted = "a tensor" if "cu_seqlens_k_new" in self.varying else "None"
+            raise ValueError(f"cu_seqlens_k_new must be {wanted}, which the metadata was made for")
+        if (
+            ragged and made.max_seqlen_k_new
+        ):  # then their number is in the tensor, and that there are any is what counts
+            made = replace(made, max_seqlen_k_new=1)
         for field in fields(Problem):
             wanted, got = getattr(made, field.name), getattr(asked, field.name)
             if field.name in _NOT_COMPARED:

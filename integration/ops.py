@@ -5,6 +5,8 @@ The public function calls these while it is being compiled; nobody needs to call
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +14,8 @@ import torch
 from .arguments import LengthTensors
 from .triton_kernels.builds import MAX_DYNAMIC_SPLIT_BATCH
 
+_DECODE = 1024  # query tokens up to which the bound on splits rises with max_seqlen_k
+_LONGEST = 2**22
 _ARGUMENTS = (
     "Tensor cache_seqlens, SymInt batch_size, SymInt max_seqlen_q, SymInt max_seqlen_k, SymInt num_heads, "
     "SymInt num_heads_k, SymInt headdim, ScalarType qkv_dtype, SymInt? headdim_v, Tensor? cu_seqlens_q, "
@@ -62,18 +66,36 @@ def _(*args: Any, **kwargs: Any) -> torch.Tensor:
     batch_size = arguments["batch_size"]
     lengths = arguments["cache_seqlens"]
     presence = LengthTensors._fields[1:]
-    not_static = (*presence, "batch_size", "backend")
+    not_static = (*presence, "batch_size", "backend", "max_seqlen_k")
     static = {name: _plain(arguments[name]) for name in _NAMES if name not in not_static}
     static["window_size"] = (static.pop("window_left"), static.pop("window_right"))
     static |= {name: arguments[name] for name in presence} | {"cache_seqlens": None}
 
+    def plan_at(batch: int, max_seqlen_k: int) -> Any:
+        sizes = {"batch_size": batch, "max_seqlen_k": max_seqlen_k}
+        return plan_call(static | sizes, lengths.device)
+
+    def layout_at(batch: int, max_seqlen_k: int) -> Any:
+        return plan_at(batch, max_seqlen_k)[3].layout
+
+    def rows_at(max_seqlen_k: int) -> Any:
+        both = (layout_at(batch, max_seqlen_k) for batch in (1, MAX_DYNAMIC_SPLIT_BATCH + 1))
+        return [(layout.row_names, layout.has_semaphore) for layout in both]
+
+    longest = arguments["max_seqlen_k"]
+    if isinstance(longest, torch.SymInt) and arguments["policy"] == "fa3" and static["max_seqlen_q"] <= _DECODE:
+        # Guard the few places where the rows change, not every width that a page table may have.
+        longest = max((edge for edge in _edges(rows_at, static["window_size"][0]) if longest >= edge), default=0)
+    longest = _plain(longest)
+
     def layout(batch: int) -> Any:
-        return plan_call(static | {"batch_size": batch}, lengths.device)[3].layout
+        return layout_at(batch, longest)
 
     few, many = layout(1), layout(MAX_DYNAMIC_SPLIT_BATCH + 1)
     # The bound on splits of the policy, and that of some builds, depends on the batch size. So do, with it, vLLM's rows
     # and whether there is a semaphore on sm_8x.
-    if arguments["policy"] != "fa3" or few.has_semaphore != many.has_semaphore:
+    _, problem, rules, _ = plan_at(1, longest)
+    if problem.policy != "fa3" or (problem.arch < 90 and rules.splits_count != "one_sequence"):
         return lengths.new_empty(layout(_plain(batch_size)).size, dtype=torch.int32)
     # In this order, so that the batch size is guarded only where it matters.
     if len(few.row_names) != len(many.row_names) and batch_size > MAX_DYNAMIC_SPLIT_BATCH:
@@ -84,6 +106,17 @@ def _(*args: Any, **kwargs: Any) -> torch.Tensor:
 @get_scheduler_metadata_out_op.register_fake
 def _(out: torch.Tensor, *args: Any, **kwargs: Any) -> None:
     """Nothing to allocate."""
+
+
+def _edges(rows_at: Callable[[int], Any], window_left: int) -> list[int]:
+    """The lengths from which on `rows_at` gives something else than before; it does so once between two of a window."""
+    starts = sorted({1, max(window_left + 1, 1), max(window_left + 2, 1)})
+    found = []
+    for start, end in zip(starts, [*starts[1:], _LONGEST], strict=True):
+        found.append(start)
+        if rows_at(start) != rows_at(end - 1):
+            found.append(bisect_left(range(end), True, start, key=lambda length: rows_at(length) != rows_at(start)))
+    return found
 
 
 def _plain(value: Any) -> Any:

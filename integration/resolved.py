@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .arguments import LengthTensors
-from .triton_kernels.builds import FA3Rules
+from .triton_kernels.builds import FA3Rules, untellable_reason
 from .triton_kernels.plan import LaunchPlan, make_plan, plan_like, sizes_alone_differ
 from .triton_kernels.problem import Problem, unchecked_replace
 from .triton_kernels.reference import Lengths, reference_metadata
@@ -92,7 +92,12 @@ class ResolvedCall:
 
 @lru_cache(maxsize=4096)
 def resolve(problem: Problem, rules: FA3Rules) -> ResolvedCall:
-    """The resolved call of `problem` under `rules`, the same object each time: it knows its compiled kernel."""
+    """The resolved call of `problem` under `rules`, the same object each time: it knows its compiled kernel.
+
+    Raises `ValueError` for what that build has no kernels for, or what its forward could not be told.
+    """
+    if reason := untellable_reason(rules, problem):
+        raise ValueError(reason)
     return ResolvedCall(problem, make_plan(problem, rules))
 
 
@@ -112,7 +117,9 @@ def load_launch(device: torch.device) -> Any:
         try:
             from .triton_kernels import launch as _launch_module
         except ImportError as error:
-            raise RuntimeError(f'backend="triton" needs Triton, which does not import here: {error}') from error
+            raise RuntimeError(
+                f'backend="triton" needs Triton, and its kernels do not import: {error}; backend="reference" does not'
+            ) from error
     if device.type == "cpu" and not _launch_module.INTERPRETED:
         raise RuntimeError(
             'backend="triton" runs on CPU tensors only in Triton\'s interpreter: set TRITON_INTERPRET=1 before '

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import inspect
 import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,10 +17,11 @@ import torch
 from .api import resolve_build
 from .arguments import device_facts, gpu_name
 from .calls import ForwardCall
+from .captured_writes import Capture, may_write
 from .resolved import resolve
 from .triton_kernels.builds import FA3Rules
 from .triton_kernels.plan import LaunchPlan
-from .triton_kernels.problem import DEFAULT_PARTIAL_BYTES, Problem, unchecked_replace
+from .triton_kernels.problem import DEFAULT_PARTIAL_BYTES, Problem, checked_bool, unchecked_replace
 
 _log = logging.getLogger("fa3_metadata")
 Forward = Callable[..., Any]
@@ -34,39 +35,50 @@ class _Made:
     metadata: torch.Tensor
     inputs: tuple[torch.Tensor, ...]
     layers: set[int] = field(default_factory=set)  # addresses of their KV caches
+    nodes: frozenset[int] = frozenset()  # of the graph that is captured: those known to leave `inputs` as they are
 
 
 @dataclass(eq=False)
 class _Scope:
     """What may be reused: within one `step()`, or within one capture of a CUDA graph."""
 
-    capture: int | None
+    capture: int | None = None
+    lengths_stay: bool = False  # the caller says so
     made: dict[tuple[Any, ...], _Made] = field(default_factory=dict)
 
+    def keep(self, key: tuple[Any, ...], made: _Made) -> None:
+        """Remember it; of a long scope, the latest."""
+        self.made.pop(key, None)
+        self.made[key] = made
+        if len(self.made) > _MOST_MADE:
+            del self.made[next(iter(self.made))]
 
-class _State(threading.local):
-    steps: list[_Scope]
-    capture: _Scope | None
 
-    def __init__(self) -> None:
-        self.steps, self.capture = [], None
+class _Captures(threading.local):
+    """Of each thread, the scope of the CUDA graph that it captures."""
+
+    scope: _Scope | None = None
 
 
-_state = _State()
+_MOST_MADE = 256  # kinds of layers of a step, and a margin
+_captures = _Captures()
+# The innermost `step()` of a thread or an asyncio task; None: there is none.
+_step: ContextVar[_Scope | None] = ContextVar("fa3_metadata_step", default=None)
 
 
 @contextmanager
-def step() -> Iterator[None]:
+def step(lengths_stay: bool = False) -> Iterator[None]:
     """One step of a model, run eagerly: layers inside that ask the same of the same lengths share their metadata.
 
-    Lengths must not be written inside the scope other than through torch operations (which are noticed). Each
-    thread has its own scopes; a scope inside another starts afresh.
+    Lengths must not be written inside the scope other than through torch operations, which are noticed. In inference
+    mode torch does not count them: there nothing is shared, unless `lengths_stay` says that no length is written
+    inside the scope. Each thread and each asyncio task has its own scopes; a scope inside another starts afresh.
     """
-    _state.steps.append(_Scope(None))
+    token = _step.set(_Scope(lengths_stay=checked_bool("lengths_stay", lengths_stay)))
     try:
         yield
     finally:
-        _state.steps.pop()
+        _step.reset(token)
 
 
 @dataclass(frozen=True)
@@ -81,15 +93,33 @@ class SchedulePolicy:
         # A problem checks them; any other facts will do.
         Problem(batch_size=1, max_seqlen_q=1, max_seqlen_k=1, num_heads=1, num_heads_k=1, headdim=64, **vars(self))
 
-    def of(self, problem: Problem, device: torch.device) -> Problem:
-        """`problem` under this policy. Splits that the call itself bounds keep that bound."""
+    def of(self, problem: Problem, device: torch.device, told: bool = True) -> Problem:
+        """`problem` under this policy. Splits that the call itself bounds keep that bound; `told`: the forward is."""
         if self.policy == "fa3":
             return problem
-        return unchecked_replace(problem, **vars(self), gpu=gpu_name(device))
+        return unchecked_replace(problem, **vars(self), gpu=gpu_name(device), forward_is_told=told)
 
 
-def policy_of(forward: Forward) -> SchedulePolicy | None:
-    """The policy that `forward` was wrapped with; None: it is not wrapped."""
+@dataclass(frozen=True)
+class Wrapping:
+    """What a forward was wrapped with."""
+
+    policy: SchedulePolicy
+    build: str
+    rules: FA3Rules
+
+    def check(self, chosen: SchedulePolicy, build: str) -> None:
+        """Raise `ValueError` where another policy, or a build that behaves otherwise, is asked for."""
+        if self.policy != chosen:
+            raise ValueError(
+                f"policy must be that of the forward, which is wrapped with {self.policy} already, got {chosen}"
+            )
+        if resolve_build(build)[1] is not self.rules:
+            raise ValueError(f"build must be like {self.build}, for which the forward is wrapped already, got {build}")
+
+
+def wrapping_of(forward: Forward) -> Wrapping | None:
+    """What `forward` was wrapped with; None: it is not wrapped."""
     return getattr(forward, "__fa3_metadata__", None)
 
 
@@ -121,73 +151,109 @@ def wrap_forward(
 
     Raises:
         TypeError: `forward` takes no scheduler_metadata.
-        ValueError: `policy` or what goes with it is not valid, or `forward` is wrapped already with another one.
+        ValueError: `policy` or what goes with it is not valid, or `forward` is wrapped already with another one, or for
+            a build that behaves otherwise.
     """
     chosen = SchedulePolicy(policy, batch_invariant, max_partial_bytes)
-    if (theirs := policy_of(forward)) is not None:
-        if theirs != chosen:
-            raise ValueError(f"policy must be that of the forward, which is wrapped with {theirs}, got {chosen}")
+    build, rules = resolve_build(build)
+    if (theirs := wrapping_of(forward)) is not None:
+        theirs.check(chosen, build)
         return forward
-    rules = resolve_build(build)[1]
     parameters = inspect.signature(forward).parameters
     names = tuple(parameters)
+    defaults = {name: one.default for name, one in parameters.items() if one.default is not inspect.Parameter.empty}
     if "scheduler_metadata" not in parameters:
         raise TypeError(f"forward must take scheduler_metadata, got {forward!r} with {', '.join(names)}")
     takes = {name for name in ("num_splits", "pack_gqa") if name in parameters}
-    told: set[str] = set()
+    told = "num_splits" in takes
+    if batch_invariant and rules.bound_depends_on_batch and not told:
+        raise ValueError(f"batch_invariant must be False for a forward of {build} that takes no num_splits")
+    said: set[str] = set()
 
     @functools.wraps(forward)
     def with_metadata(*args: Any, **kwargs: Any) -> Any:
         call = dict(zip(names, args, strict=False)) | kwargs
-        scope = _current_scope()
-        if scope is None or call.get("scheduler_metadata") is not None:
-            return forward(*args, **kwargs)
+        capturing = _has_cuda() and torch.cuda.is_current_stream_capturing()
+        capture = Capture.current() if capturing else None
+        scope = None if capturing and capture is None else _scope(capture)
+        if scope is None or call.get("scheduler_metadata") is not None or len(call) < len(args) + len(kwargs):
+            return forward(*args, **kwargs)  # which also says what is wrong with surplus arguments, or one given twice
         try:
-            made = _find_or_make(scope, ForwardCall.read(call), rules, chosen)
+            made = _find_or_make(scope, capture, ForwardCall.read(call, defaults), rules, chosen, told)
         except (NotImplementedError, TypeError, ValueError) as error:  # the forward knows better what is wrong
-            if str(error) not in told:
-                told.add(str(error))
+            if str(error) not in said:
+                said.add(str(error))
                 _log.debug("%s is called without our metadata: %s", forward.__name__, error)
             return forward(*args, **kwargs)
         ours: dict[str, Any] = {"scheduler_metadata": made.metadata}
         for name in takes:
             ours[name] = getattr(made.plan.layout, name)
-        return forward(**call | ours)
+        if capture is None or _counts_writes():
+            return forward(**call | ours)
+        before = capture.nodes()
+        output = forward(**call | ours)
+        if before is not None and (after := capture.nodes()) is not None:
+            made.nodes |= after - before  # a layer reads the lengths
+        return output
 
-    with_metadata.__fa3_metadata__ = chosen  # type: ignore[attr-defined]
+    with_metadata.__fa3_metadata__ = Wrapping(chosen, build, rules)  # type: ignore[attr-defined]
     return with_metadata
 
 
-def _current_scope() -> _Scope | None:
-    if _has_cuda() and torch.cuda.is_current_stream_capturing():
-        capture = _capture_id()
-        if _state.capture is None or _state.capture.capture != capture:
-            _state.capture = _Scope(capture)
-        return _state.capture
-    _state.capture = None
-    return _state.steps[-1] if _state.steps else None
+def _scope(capture: Capture | None) -> _Scope | None:
+    """What the current call may share with others; None: nothing, and it is passed through."""
+    if capture is None:
+        _captures.scope = None
+        return _step.get()
+    if _captures.scope is None or _captures.scope.capture != capture.number:
+        _captures.scope = _Scope(capture.number)
+    return _captures.scope
 
 
-def _find_or_make(scope: _Scope, asked: ForwardCall, rules: FA3Rules, chosen: SchedulePolicy) -> _Made:
+def _find_or_make(
+    scope: _Scope, capture: Capture | None, asked: ForwardCall, rules: FA3Rules, chosen: SchedulePolicy, told: bool
+) -> _Made:
     if reason := asked.unsupported_reason():
         raise NotImplementedError(reason)
-    problem = chosen.of(asked.problem(*device_facts(asked.device, None, None), rules), asked.device)
+    if capture is None and chosen.policy == "fa3" and not (scope.lengths_stay or _counts_writes()):
+        raise NotImplementedError("in inference mode torch does not count writes: step(lengths_stay=True) shares")
+    problem = chosen.of(asked.problem(*device_facts(asked.device, None, None), rules), asked.device, told)
     tensors = asked.lengths()
     inputs = tuple(tensor for tensor in tensors.pointers() if tensor is not None)
-    identity = tuple((t.data_ptr(), t.dtype, t.stride(), _version(t)) for t in inputs)
+    identity = tuple((t.data_ptr(), t.dtype, t.shape, t.stride(), _version(t)) for t in inputs)
     # Another stream may not have waited for the launch on this one, so it makes its own.
     stream = torch.cuda.current_stream(asked.device).cuda_stream if asked.device.type == "cuda" else 0
     key = (rules, problem, identity, stream)
     layer = asked.k_cache.data_ptr()
     made = scope.made.get(key)
-    if made is None or layer in made.layers:
+    if made is None or layer in made.layers or _may_be_written(made, scope, capture):
         tensors.check(problem.batch_size)
         resolved = resolve(problem, rules)
         metadata = torch.empty(resolved.size, dtype=torch.int32, device=asked.device)
         resolved.write(tensors, metadata)
-        made = scope.made[key] = _Made(resolved.plan, metadata, inputs)
+        made = _Made(resolved.plan, metadata, inputs)
+        if capture is not None and not _counts_writes():
+            made.nodes = capture.nodes() or frozenset()
+        scope.keep(key, made)
     made.layers.add(layer)
     return made
+
+
+def _may_be_written(made: _Made, scope: _Scope, capture: Capture | None) -> bool:
+    """Whether the lengths may have been written since, other than their version tells."""
+    if scope.lengths_stay or _counts_writes():
+        return False
+    if capture is None or (nodes := capture.nodes()) is None:
+        return True
+    if may_write(nodes - made.nodes, made.inputs):
+        return True
+    made.nodes = nodes
+    return False
+
+
+def _counts_writes() -> bool:
+    """Whether torch counts the writes to tensors now."""
+    return not torch.is_inference_mode_enabled()
 
 
 def _version(tensor: torch.Tensor) -> int | None:
@@ -195,21 +261,6 @@ def _version(tensor: torch.Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-def _capture_id() -> int:
-    """The driver's number of the capture under way on the current stream."""
-    status, number = ctypes.c_int(), ctypes.c_uint64()
-    stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-    error = _driver().cuStreamGetCaptureInfo_v2(stream, ctypes.byref(status), ctypes.byref(number), None, None, None)
-    if error:
-        raise RuntimeError(f"cuStreamGetCaptureInfo failed with CUDA error {error}")
-    return number.value
-
-
 @functools.lru_cache(maxsize=1)
 def _has_cuda() -> bool:
     return torch.cuda.is_available()
-
-
-@functools.lru_cache(maxsize=1)
-def _driver() -> ctypes.CDLL:
-    return ctypes.CDLL("libcuda.so.1")

@@ -235,3 +235,23 @@ def test_triton_on_cpu_tensors_needs_the_interpreter() -> None:
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "set TRITON_INTERPRET=1 before triton is imported" in printed
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("name", ["cache_seqlens", "cu_seqlens_q", "leftpad_k"])
+def test_out_may_not_overlap_lengths(name: str, backend: str) -> None:
+    """They are read by all programs while some write."""
+    memory = torch.zeros(400, dtype=torch.int32)
+    call = GOOD | {"cache_seqlens": LENGTHS, "build": "sglang-kernel-0.4.2", "backend": backend}
+    size = fa3_metadata.metadata_layout(**GOOD, build="sglang-kernel-0.4.2").size
+    count = GOOD["batch_size"] + (name == "cu_seqlens_q")
+    for start in (0, size - 1):
+        inside = memory[100 + start :][:count]
+        with pytest.raises(ValueError, match=f"out must not overlap {name}"):
+            fa3_metadata.get_scheduler_metadata(**call | {name: inside}, out=memory[100:])
+    for start in (100 - count, 100 + size):  # side by side
+        fa3_metadata.get_scheduler_metadata(**call | {name: memory[start:][:count]}, out=memory[100:])
+    spread = memory[: 100 + 2 * count : 30][:count]  # around the start of it
+    if len(spread) == count:
+        with pytest.raises(ValueError, match=f"out must not overlap {name}"):
+            fa3_metadata.get_scheduler_metadata(**call | {name: spread}, out=memory[100:])

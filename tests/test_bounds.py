@@ -209,10 +209,10 @@ def test_tables_of_several_plans_are_there_for_every_batch(build: str) -> None:
     rules = rules_for(build)
     for problem in all_alike(rules):
         sizes = batch_sizes_of_other_plans(problem, rules)
-        assert sizes[0] == 1
+        assert sizes[0] == 0
         assert sizes[-1] <= problem.batch_size
         numbers = {numbers_of(problem, rules, size) for size in sizes}
-        for batch_size in range(1, problem.batch_size + 1):
+        for batch_size in range(problem.batch_size + 1):
             assert numbers_of(problem, rules, batch_size) in numbers
 
 
@@ -221,10 +221,14 @@ def numbers_of(problem: Problem, rules: FA3Rules, batch_size: int) -> tuple[obje
     return batch_size > MAX_DYNAMIC_SPLIT_BATCH, plan.num_splits, plan.pack_gqa, plan.block_m, plan.block_n
 
 
+@pytest.mark.parametrize("policy", ["fa3", "balanced"])
 @pytest.mark.parametrize("build", BUILDS)
-def test_what_sizes_share_has_the_same_bound(build: str) -> None:
+def test_what_sizes_share_has_the_same_bound(build: str, policy: str) -> None:
+    """Of a policy that has bounds of its own only calls that give one share anything."""
     rules, rng, shared = rules_for(build), random.Random(build), 0
     for problem, _ in recorded_bounds(build, 17, 100):
+        given = rng.choice([0, 0, 8]) if policy == "balanced" else 0
+        problem = replace(problem, policy=policy, max_partial_bytes=rng.choice([2**20, 2**28]), num_splits=given)
         plan = make_plan(problem, rules)
         for _ in range(20):
             other = replace(
@@ -235,5 +239,128 @@ def test_what_sizes_share_has_the_same_bound(build: str) -> None:
             if sizes_alone_differ(plan, problem, other.batch_size, other.max_seqlen_k):
                 anew = make_plan(other, rules)
                 assert (anew.num_splits, anew.pack_gqa) == (plan.num_splits, plan.pack_gqa), (problem, other)
+                assert anew.searches_splits == plan.searches_splits or anew.costs is None, (problem, other)
                 shared += 1
     assert shared > 100
+
+
+@pytest.mark.parametrize("build", ["sgl-kernel-0.3.16", "vllm-0.10.0", "vllm-0.11.0", "vllm-0.16.0"])
+def test_a_balanced_plan_beyond_what_the_metadata_splits(build: str) -> None:
+    """Above 992 sequences an old forward splits all alike, as many times as it is told: FA3's own number, not ours."""
+    shape = {"num_heads": 16, "num_heads_k": 2, "headdim": 128, "page_size": 64, "causal": True}
+    plan = fa3_metadata.MetadataPlan(
+        max_batch_size=1100, max_seqlen_k=131072, device="cpu", build=build, policy="balanced", **shape
+    )
+    for batch_size in (992, 1, 1100, 993, 40):
+        plan.update(torch.full((batch_size,), 5000))
+        alone = make_plan(Problem(batch_size, 1, 131072, **shape), rules_for(build))
+        if batch_size > MAX_DYNAMIC_SPLIT_BATCH:
+            assert plan.num_splits == alone.layout.num_splits <= 1
+        else:
+            assert plan.num_splits > 1
+
+
+def test_a_bound_of_one_that_is_ours_is_told() -> None:
+    """vLLM 0.10.1 to 0.16.0 lay the tensor out otherwise when told 1 than when they come to 1 by themselves."""
+    rules = rules_for("vllm-0.11.0")
+    problem = Problem(4, 1, 8192, 8, 1, 128, page_size=64, causal=True, policy="balanced", max_partial_bytes=0)
+    ours = make_plan(problem, rules).layout
+    assert (ours.num_splits, ours.row_names) == (1, ())
+    assert make_plan(replace(problem, policy="fa3"), rules).layout.num_splits > 1
+    theirs = make_plan(replace(problem, policy="fa3", max_seqlen_k=300), rules).layout
+    assert (theirs.num_splits, theirs.row_names) == (0, ("num_splits_dynamic",))
+    told = make_plan(replace(problem, policy="fa3", max_seqlen_k=300, num_splits=1), rules).layout
+    assert (told.num_splits, told.row_names) == (1, ())
+    untold = make_plan(replace(problem, max_seqlen_k=300, forward_is_told=False), rules).layout
+    assert (untold.num_splits, untold.row_names) == (0, ("num_splits_dynamic",))
+
+
+@pytest.mark.parametrize("build", ["sglang-kernel-0.4.2", "sglang-kernel-0.4.10", "vllm-0.33.0", "vllm-0.9.1"])
+def test_a_wrapped_forward_without_num_splits_keeps_to_its_own_bound(build: str) -> None:
+    """Short contexts, which "balanced" would split, and FA3 does not."""
+    seen: list[torch.Tensor] = []
+
+    def forward(
+        q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, cache_seqlens: torch.Tensor,
+        page_table: torch.Tensor, causal: bool = False, scheduler_metadata: torch.Tensor | None = None,
+    ) -> None:  # fmt: skip
+        assert scheduler_metadata is not None
+        seen.append(scheduler_metadata)
+
+    wrapped = fa3_metadata.wrap_forward(forward, build, "balanced")
+    kv = torch.zeros(16, 64, 1, 128, dtype=torch.bfloat16)
+    lengths = torch.tensor([512, 512])
+    with fa3_metadata.step():
+        wrapped(torch.zeros(2, 1, 8, 128, dtype=torch.bfloat16), kv, kv, lengths, torch.zeros(2, 8), causal=True)
+    call = {"batch_size": 2, "max_seqlen_q": 1, "max_seqlen_k": 512, "num_heads": 8, "num_heads_k": 1, "headdim": 128,
+            "page_size": 64, "causal": True, "build": build}  # fmt: skip
+    bound = fa3_metadata.metadata_layout(**call).num_splits
+    assert seen[0].shape == (fa3_metadata.metadata_layout(**call).size,)
+    assert bound <= 1
+    assert largest(seen[0], call) == 1
+
+
+def test_a_bound_that_the_forward_cannot_be_told_is_refused() -> None:
+    call = {"batch_size": 4, "max_seqlen_q": 1, "max_seqlen_k": 131072, "num_heads": 8, "num_heads_k": 1,
+            "headdim": 128, "cache_seqlens": torch.tensor([131072, 1, 1, 1])}  # fmt: skip
+    with pytest.raises(ValueError, match=r"num_splits must be 0 for the vllm-0\.8\.5 build, whose forward takes none"):
+        fa3_metadata.get_scheduler_metadata(**call, build="vllm-0.9.1", num_splits=128)
+    fa3_metadata.get_scheduler_metadata(**call, build="vllm-0.9.2", num_splits=128)
+
+
+def test_a_forward_that_cannot_be_told_must_show_its_call() -> None:
+    """Its bound goes by the width of its own block table."""
+    plan = fa3_metadata.MetadataPlan(max_batch_size=2, max_seqlen_k=131072, num_heads=8, num_heads_k=1, headdim=128,
+                                     page_size=16, causal=True, device="cpu", build="vllm-0.9.1",
+                                     varying=("cu_seqlens_q",))  # fmt: skip
+    starts, lengths = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([1000], dtype=torch.int32)
+    plan.update(lengths, cu_seqlens_q=starts)
+    with pytest.raises(ValueError, match=r"call must be given for vllm-0\.9\.1"):
+        plan.forward_arguments()
+    kv = torch.zeros(9, 16, 1, 128, dtype=torch.bfloat16)
+    call = {"q": torch.zeros(1, 8, 128, dtype=torch.bfloat16), "k": kv, "v": kv, "max_seqlen_q": 1,
+            "cu_seqlens_q": starts, "seqused_k": lengths, "causal": True,
+            "block_table": torch.zeros(1, 8192, dtype=torch.int32)}  # fmt: skip
+    assert list(plan.forward_arguments(**call, max_seqlen_k=131072)) == ["scheduler_metadata"]
+    with pytest.raises(ValueError, match="max_seqlen_k must give the schedule that the metadata was made for"):
+        plan.forward_arguments(**call, max_seqlen_k=1000)
+
+
+def test_a_plan_serves_ragged_queries_of_any_number() -> None:
+    """It counts the most that there may be, and tells the forward what it came to."""
+    plan = fa3_metadata.MetadataPlan(max_batch_size=64, max_seqlen_k=131072, max_seqlen_q=4, num_heads=8, num_heads_k=1,
+                                     headdim=128, page_size=64, causal=True, device="cpu",
+                                     build="sglang-kernel-0.4.10", varying=("cu_seqlens_q",))  # fmt: skip
+    lengths, kv = torch.full((64,), 1000, dtype=torch.int32), torch.zeros(9, 64, 1, 128, dtype=torch.bfloat16)
+    table = torch.zeros(64, 2048, dtype=torch.int32)
+    for tokens in (64, 100, 256):
+        starts = torch.linspace(0, tokens, 65).to(torch.int32)
+        plan.update(lengths, cu_seqlens_q=starts)
+        q = torch.zeros(tokens, 8, 128, dtype=torch.bfloat16)
+        call = {"q": q, "k_cache": kv, "v_cache": kv, "cache_seqlens": lengths, "page_table": table, "causal": True}
+        ours = plan.forward_arguments(**call, cu_seqlens_q=starts, max_seqlen_q=4)
+        assert ours["num_splits"] == plan.num_splits
+    assert len(plan._fitting) == 1, "one kind of call, whatever the number of its queries"
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_splits_that_do_not_depend_on_the_batch_need_a_bound_that_does_not(told: bool) -> None:
+    call = {"batch_size": 64, "max_seqlen_q": 1, "max_seqlen_k": 131072, "num_heads": 8, "num_heads_k": 1,
+            "headdim": 128, "page_size": 64, "policy": "balanced", "batch_invariant": True}  # fmt: skip
+    fa3_metadata.metadata_layout(**call, build="sglang-kernel-0.4.2", forward_is_told=told)
+    if told:
+        fa3_metadata.metadata_layout(**call, build="sglang-kernel-0.4.5")
+    else:
+        with pytest.raises(ValueError, match=r"batch_invariant must be False for the sglang-0\.4\.5 build unless"):
+            fa3_metadata.metadata_layout(**call, build="sglang-kernel-0.4.5", forward_is_told=False)
+
+
+def test_a_total_of_queries_makes_new_calls_only_where_it_counts() -> None:
+    from fa3_metadata import known_calls
+
+    call = {"batch_size": 4, "max_seqlen_q": 8, "max_seqlen_k": 8192, "num_heads": 8, "num_heads_k": 1, "headdim": 128,
+            "cache_seqlens": torch.tensor([8192, 1, 1, 1])}  # fmt: skip
+    known_calls._kinds.clear()
+    for total_q in range(4, 33):
+        fa3_metadata.get_scheduler_metadata(**call, build="sglang-kernel-0.4.2", total_q=total_q)
+    assert len(known_calls._kinds) == 1

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-import inspect
 import itertools
 import os
+import pathlib
 import random
 import subprocess
 import sys
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import fa3_metadata
@@ -19,7 +17,10 @@ import torch
 import torch._dynamo.testing
 import triton
 from fa3_metadata.resolved import resolve
-from fa3_metadata.triton_kernels import driver, launch
+from fa3_metadata.triton_kernels import launch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+COMPILE_KERNELS = pathlib.Path(__file__).parent.parent / ".ci" / "compile_kernels.py"
 
 BUILDS = ("sglang-kernel-0.4.2", "vllm-0.33.0")
 
@@ -108,103 +109,6 @@ def test_few_kernels_serve_many_problems(monkeypatch: pytest.MonkeyPatch) -> Non
     assert 6 <= len(constants) <= 13
 
 
-class Compiled:
-    """In a kernel's place: keeps what it is compiled for, and what it is launched with through Triton, by name."""
-
-    name, asm = "kernel", {"cubin": b"code"}
-    metadata = SimpleNamespace(num_warps=2, shared=96)
-
-    def __init__(self, names: list[str]) -> None:
-        self.names = names
-        self.compiled: list[dict[str, Any]] = []
-        self.launched: list[dict[str, Any]] = []
-
-    def warmup(self, *args: Any, grid: tuple[int, int, int], **named: Any) -> Compiled:
-        self.compiled.append(self.by_name(args, grid, named))
-        return self
-
-    def __getitem__(self, grid: tuple[int, int, int]) -> Any:
-        return lambda *args, **named: self.launched.append(self.by_name(args, grid, named))
-
-    def by_name(self, args: tuple[Any, ...], grid: tuple[int, int, int], named: dict[str, Any]) -> dict[str, Any]:
-        constants = {name: value for name, value in named.items() if name.isupper()}  # not Triton's options
-        return dict(zip(self.names, args, strict=False)) | constants | {"grid": grid}
-
-
-class Driver:
-    """In cuLaunchKernelEx's place: keeps what the kernel would read."""
-
-    def __init__(self, like: dict[str, Any]) -> None:
-        self.like, self.seen = like, []
-
-    def __call__(self, config: int, function: int, parameters: int, extra: None) -> int:
-        config = driver._Config.from_address(config)
-        read: dict[str, Any] = {"grid": (config.x, config.y, config.z)}
-        assert (function, config.threads, config.shared_bytes, config.stream) == (4711, 64, 96, 5)
-        addresses = ctypes.cast(parameters, ctypes.POINTER(ctypes.c_void_p))
-        taken = 0
-        for name, value in self.like.items():
-            if value is None or name == "grid" or name.isupper():
-                continue  # not a parameter of the compiled kernel
-            kind = {float: ctypes.c_float, int: ctypes.c_int32}.get(type(value), ctypes.c_uint64)
-            read[name] = kind.from_address(addresses[taken]).value
-            taken += 1
-        self.seen.append(read)
-        return 0
-
-
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("policy", ["fa3", "balanced"])
-def test_driver_launches_are_given_what_the_first_one_was(
-    groups: int, policy: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The path past Triton's own launch, which only a GPU takes otherwise: every argument in its place."""
-    lengths = torch.arange(40, dtype=torch.int32)
-    out, table = torch.empty(900, dtype=torch.int32), torch.empty(99, dtype=torch.int32)
-    _, problem, _, plan = fa3_metadata.api.plan_call(arguments(lengths, BUILDS[0]) | {"policy": policy})
-    if groups == 1:
-        made, kernel = launch.metadata_launch(problem, plan), launch.prepare_varlen_num_blocks_kernel
-    else:
-        made, kernel = launch.layer_groups_launch(problem, [plan] * 2), launch.prepare_layer_groups_kernel
-    pointers = (out, table)[:groups]
-    fake = Compiled(list(inspect.signature(kernel.fn).parameters))
-    loaded = []
-    utils = SimpleNamespace(load_binary=lambda *code: loaded.append(code) or ("module", 4711, 30, 0, 1024))
-    monkeypatch.setattr(made, "_function", fake)
-    monkeypatch.setattr(launch, "INTERPRETED", False)
-    monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=SimpleNamespace(utils=utils)))
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 5, raising=False)
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: lengths.device.index, raising=False)
-    cuda: Any = None
-    monkeypatch.setattr(driver, "_launch_function", lambda: cuda or (lambda *_: 201))  # no context yet
-    made(pointers, (lengths, None, None, None, None))
-    (first,) = fake.compiled
-    assert fake.launched == [first]  # through Triton, which makes the context
-    cuda = Driver(first)
-    for _ in range(2):
-        made(pointers, (lengths, None, None, None, None))
-    again = made.repeat(pointers, (lengths, None, None, None, None))
-    assert again is not None
-    assert [again(), again()] == [True, True]
-    assert loaded == [("kernel", b"code", 96, lengths.device.index)]  # once
-    for read in cuda.seen:
-        for name, value in read.items():
-            wanted = first[name]
-            wanted = wanted.data_ptr() if isinstance(wanted, torch.Tensor) else wanted
-            assert value == (pytest.approx(wanted) if isinstance(wanted, float) else wanted), name
-    assert len(cuda.seen) == 4
-    strided = torch.arange(120, dtype=torch.int32)[::3]  # through Triton
-    made(pointers, (strided, None, None, None, None))
-    assert (fake.launched[1]["CONTIGUOUS"], fake.launched[1]["stride_0"]) == (False, 3)
-    assert len(fake.compiled) == 1
-
-
-@pytest.mark.parametrize("wrong", [{"num_ctas": 2}, {"global_scratch_size": 8}, {"launch_cooperative_grid": True}])
-def test_kernels_that_need_more_are_left_to_triton(wrong: dict[str, Any]) -> None:
-    metadata = SimpleNamespace(num_warps=2, shared=96, **wrong)
-    assert driver.load(SimpleNamespace(name="kernel", asm={"cubin": b"code"}, metadata=metadata), 0) is None
-
-
 # {} and the like leave num_splits at 8, which `arguments` gives.
 SHARING: tuple[dict[str, Any], ...] = (
     {}, {"num_splits": 0}, {"policy": "balanced"}, {"policy": "balanced", "num_splits": 0}, {"window_size": (300, 0)},
@@ -214,38 +118,15 @@ SHARING: tuple[dict[str, Any], ...] = (
 )  # fmt: skip
 
 
-COMPILE = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from fa3_metadata.triton_kernels import kernel
-absent = ("cu_seqlens_q", "seqused_q", "cu_seqlens_k_new", "leftpad_k")
-floats = ("load_factor", "causal_saving", "tile_cost", "alone_cost", "split_cost")
-single, several = kernel.prepare_varlen_num_blocks_kernel, kernel.prepare_layer_groups_kernel
-for function, splits in ((single, 1), (single, 2), (single, 3), (single, 4), (several, 1), (several, 2)):
-    full = (0, 1, -1, 2, 3, 4, 4, 2, splits, False, True)
-    window = (0, 1, -1, -1, 2, 3, 4, 2, splits, splits > 1, False)
-    constants = {"LAYOUT": full, "LAYOUTS": (full, window), "CONTIGUOUS": True, "EARLY": True}
-    constants |= {"SLICE": 4, "GROUP": 1024}
-    signature, values = {}, {}
-    for parameter in function.params:
-        name = parameter.name
-        if name in constants or name in absent:
-            signature[name], values[(parameter.num,)] = "constexpr", constants.get(name)
-        else:
-            pointer = name in ("out", "table", "cache_seqlens")
-            signature[name] = "*i32" if pointer else "fp32" if name in floats else "i32"
-    source = ASTSource(function, signature, values)
-    triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
-    print("compiled", function.__name__, splits)
-"""
-
-
 def test_kernels_compile_for_hopper_anywhere() -> None:
+    """The kinds of .ci/compile_kernels.py, and none that driver.py would leave to Triton."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment)
-    assert run.returncode == 0, run.stderr
-    assert len(run.stdout.splitlines()) == 6
+    run = subprocess.run([sys.executable, COMPILE_KERNELS], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stdout + run.stderr
+    *compiled, last = run.stdout.splitlines()
+    assert last == f"Triton {triton.__version__}: {len(compiled)} kernels, 0 of them not as they should be"
+    ways = {way for line in compiled for way in line.split()[1].split("+")}
+    assert ways == {"ONE_SPLIT", "FA3_RULE", "SEARCH", "LOAD", "FIXED"}
 
 
 def test_other_sizes_share_what_does_not_depend_on_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,6 +159,49 @@ def test_other_sizes_share_what_does_not_depend_on_them(monkeypatch: pytest.Monk
             assert (shared.problem, shared.plan, shared.size) == (anew.problem, anew.plan, anew.plan.layout.size)
             like = shared
     assert shared_ones > 300
+
+
+@pytest.mark.parametrize("arch", [90, 80])
+@pytest.mark.parametrize("build", ["sglang-kernel-0.4.2", "sglang-kernel-0.4.10", "vllm-0.33.0", "vllm-0.11.0"])
+def test_the_size_is_known_without_running(build: str, arch: int) -> None:
+    """The fake operator's, for every build and many batches: on sm_8x splits, and with them the batch, decide on it."""
+    if arch < 90 and build.startswith("vllm"):
+        pytest.skip("not on sm_8x")
+    for batch, num_splits, window in itertools.product((0, 1, 64, 992, 993, 2000), (0, 1, 8), ((-1, -1), (300, 0))):
+        call = arguments(lengths(batch, torch.device("cpu")), build) | {"num_splits": num_splits, "window_size": window}
+        call |= {"max_seqlen_k": 131072, "arch": arch}
+        real = fa3_metadata.metadata_layout(**call).size
+        left, right = call.pop("window_size")
+        missing = {
+            "qkv_dtype": torch.bfloat16, "headdim_v": None, "cu_seqlens_q": None, "cu_seqlens_k": None,
+            "cu_seqlens_k_new": None, "seqused_q": None, "leftpad_k": None, "max_seqlen_k_new": 0,
+            "attention_chunk": 0, "has_softcap": False, "pack_gqa": None, "sm_margin": 0, "policy": "fa3",
+            "backend": "auto", "num_sms": 132, "batch_invariant": False, "max_partial_bytes": 2**28, "total_q": None,
+            "forward_is_told": True, "window_left": left, "window_right": right,
+        }  # fmt: skip
+        with FakeTensorMode() as mode:
+            call["cache_seqlens"] = mode.from_tensor(call["cache_seqlens"])
+            made = torch.ops.fa3_metadata.get_scheduler_metadata(**missing | call)
+        assert made.shape == (real,), call
+
+
+def test_a_growing_cache_compiles_once_a_layout() -> None:
+    """max_seqlen_k, which engines take from the width of the page table, is guarded where rows change alone."""
+    for build, most in (("sglang-kernel-0.4.2", 1), ("vllm-0.33.0", 2)):
+        torch._dynamo.reset()
+        counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+        def make(cache_seqlens: torch.Tensor, table: torch.Tensor, build: str = build) -> torch.Tensor:
+            return fa3_metadata.get_scheduler_metadata(
+                cache_seqlens.shape[0], 1, table.shape[1] * 64, 8, 1, 128, cache_seqlens, page_size=64, causal=True,
+                build=build,
+            )  # fmt: skip
+
+        compiled = torch.compile(make, backend=counter, fullgraph=True, dynamic=True)
+        for pages in (700, 100, 3, 20, 7, 2000, 12, 5, 100, 31, 64, 1024):
+            seqlens, table = lengths(5, torch.device("cpu")), torch.zeros(5, pages)
+            assert torch.equal(compiled(seqlens, table), make(seqlens, table))
+        assert counter.frame_count <= most
 
 
 def test_early_launch_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -278,6 +278,74 @@ def test_two_steps_in_one_capture_do_not_share() -> None:
                 assert torch.equal(output, wanted)
 
 
+WRITES = {  # how lengths are advanced between the modules of a draft model
+    "torch": lambda lengths, more: lengths.add_(more),
+    "a copy": lambda lengths, more: lengths.copy_(lengths + more),
+    "a fill": lambda lengths, more: lengths.fill_(3000),
+    "a view": lambda lengths, more: lengths[1:].add_(more),
+}
+
+
+@needs_sglang
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("how", WRITES)
+def test_lengths_that_advance_between_layers_of_a_capture(how: str, inference: bool) -> None:
+    """Draft modules have a KV cache each, so that no layer comes round again; engines run in inference mode."""
+    forward = load_forward(str(WHEEL))
+    wrapped, weights = wrap_forward(forward, WHEEL), rand(128, 128)
+    with torch.inference_mode(inference):
+        layers, lengths, start = [layer() for _ in range(3)], ints(*LENGTHS), ints(*LENGTHS)
+        for one in layers:
+            one["cache_seqlens"] = lengths
+        more = torch.full((len(LENGTHS),), 100, dtype=torch.int32, device="cuda")
+        if how == "a view":
+            more = more[1:]
+
+        def modules(function: Callable[..., Any]) -> list[torch.Tensor]:
+            lengths.copy_(start)
+            outputs = []
+            for one in layers:
+                outputs.append(function(**one) @ weights)
+                WRITES[how](lengths, more)
+            return outputs
+
+        expected = [output.clone() for output in modules(forward)]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = modules(wrapped)
+        graph.replay()
+        for output, wanted in zip(captured, expected, strict=True):
+            assert torch.equal(output, wanted)
+
+
+@needs_sglang
+def test_layers_of_a_capture_share_in_inference_mode() -> None:
+    """With matrix products, norms and copies between them, none of which writes the lengths."""
+    handed: list[Any] = []
+    forward = load_forward(str(WHEEL))
+
+    @functools.wraps(forward)
+    def spy(**call: Any) -> Any:
+        handed.append(call["scheduler_metadata"])
+        return forward(**call)
+
+    wrapped, weights = wrap_forward(spy, WHEEL), rand(128, 128)
+    with torch.inference_mode():
+        layers = [layer() for _ in range(6)]
+        for one in layers:
+            one["cache_seqlens"] = layers[0]["cache_seqlens"]
+        kept = torch.zeros(4, 4, device="cuda")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for one in layers:
+                out = wrapped(**one) @ weights
+                out = torch.nn.functional.rms_norm(out, (128,)).softmax(-1)
+                one["k_cache"][0].copy_(out[:1, :1].expand_as(one["k_cache"][:1, :, :, :])[0])
+                kept.zero_()
+    assert handed[0] is not None
+    assert all(made is handed[0] for made in handed)
+
+
 @pytest.fixture
 def vllm(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """vLLM's FA3. Meanwhile `import vllm` finds the stand-in, which has the builders that the installed copy lacks."""

@@ -11,6 +11,13 @@ from fa3_metadata import MetadataPlan, MetadataPlans
 from fa3_metadata.arguments import LengthTensors
 from fa3_metadata.triton_kernels import launch
 
+BUILD = "sglang-kernel-0.4.2"
+LENGTHS = torch.tensor([8000, 200], dtype=torch.int32)
+LAYER: dict[str, Any] = {
+    "q": torch.zeros(2, 1, 8, 128, dtype=torch.bfloat16), "k_cache": torch.zeros(9, 64, 1, 128, dtype=torch.bfloat16),
+    "v_cache": torch.zeros(9, 64, 1, 128, dtype=torch.bfloat16), "cache_seqlens": LENGTHS, "causal": True,
+    "page_table": torch.zeros(2, 128, dtype=torch.int32),
+}  # fmt: skip
 SHAPE: dict[str, Any] = {"num_heads": 8, "num_heads_k": 1, "headdim": 128, "page_size": 64, "max_seqlen_k": 8192}
 BUILDS = ("sgl-kernel-0.3.21", "sglang-kernel-0.4.2", "vllm-0.33.0")
 
@@ -248,3 +255,95 @@ def test_warm_up_leaves_no_metadata_behind() -> None:
     assert 5 in made._group._steps
     with pytest.raises(ValueError, match="batch_sizes must be from 0 to"):
         made.warm_up([-1])
+
+
+def test_a_forward_is_run_with_what_the_metadata_was_made_with() -> None:
+    """Calls that say num_splits themselves, as all of SGLang's and vLLM's do."""
+    made, called = plan(build=BUILD, max_batch_size=8), []
+    made.update(LENGTHS)
+    call = LAYER | {"num_splits": 0, "scheduler_metadata": None}
+
+    def forward(**arguments: Any) -> str:
+        called.append(arguments)
+        return "out"
+
+    assert made.run(forward, **call) == "out"
+    assert called == [call | made.forward_arguments(**call)]
+    assert called[0]["num_splits"] == made.num_splits > 1
+    with pytest.raises(ValueError, match="max_seqlen_q must be 1"):
+        made.run(forward, **call | {"q": LAYER["q"].repeat(1, 2, 1, 1)})
+    assert len(called) == 1, "refused before it is called"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ver": 4}, "FlashAttention 4, not 3"),
+        ({"score_mod": abs}, "score_mod given"),
+        ({"mask_mod": abs}, "mask_mod given"),
+        ({"cp_world_size": 2}, "cp_world_size given"),
+        ({"batch_invariant": True}, "batch_invariant given"),
+        ({"only_qv": True}, "only_qv given"),
+        ({"something_new": 1}, "something_new given"),
+        ({"cache_seqlens": torch.zeros(7, dtype=torch.int32)}, r"cache_seqlens must have shape \(2,\)"),
+        ({"cache_seqlens": torch.zeros(2)}, "cache_seqlens must have dtype"),
+        ({"cache_seqlens": 5}, "cache_seqlens is not a tensor"),
+        ({"seqused_q": torch.zeros(2, dtype=torch.int32)}, "has_seqused_q must be False"),
+    ],
+)
+def test_calls_that_are_not_understood_are_refused_by_name(change: dict[str, Any], message: str) -> None:
+    made = plan(build=BUILD, max_batch_size=8)
+    made.update(LENGTHS)
+    made.forward_arguments(**LAYER, something_new=None)
+    with pytest.raises((ValueError, TypeError), match=message):
+        made.forward_arguments(**LAYER | change)
+
+
+def test_the_very_call_that_a_plan_was_made_for() -> None:
+    starts = torch.tensor([0, 4, 8], dtype=torch.int32)
+    call = LAYER | {
+        "q": torch.zeros(8, 8, 128, dtype=torch.bfloat16), "k": torch.zeros(8, 1, 128, dtype=torch.bfloat16),
+        "v": torch.zeros(8, 1, 128, dtype=torch.bfloat16), "cu_seqlens_q": starts, "cu_seqlens_k_new": starts,
+        "max_seqlen_q": 4,
+    }  # fmt: skip
+    queries = {"max_batch_size": 8, "max_seqlen_q": 4, "build": BUILD}
+    made = plan(**queries, max_seqlen_k_new=4, varying=("cu_seqlens_q", "cu_seqlens_k_new"))
+    made.update(LENGTHS, cu_seqlens_q=starts, cu_seqlens_k_new=starts)
+    made.forward_arguments(**call)
+    dense = {"k": torch.zeros(2, 4, 1, 128, dtype=torch.bfloat16), "cu_seqlens_k_new": None}
+    with pytest.raises(ValueError, match="cu_seqlens_k_new must be a tensor, which the metadata was made for"):
+        made.forward_arguments(**call | dense)
+
+    used = torch.tensor([4, 1], dtype=torch.int32)
+    made = plan(**queries, varying=("seqused_q",))
+    made.update(LENGTHS, seqused_q=used)
+    dense = LAYER | {"q": torch.zeros(2, 4, 8, 128, dtype=torch.bfloat16)}
+    made.forward_arguments(**dense, seqused_q=used)
+    with pytest.raises(ValueError, match="has_seqused_q must be True"):
+        made.forward_arguments(**dense)
+
+
+def test_a_plan_belongs_to_one_group() -> None:
+    one, two, three = (plan(build=BUILD) for _ in range(3))
+    MetadataPlans([one, two])
+    for plans in ([two, three], [three, three]):
+        with pytest.raises(ValueError, match="plans must be in one MetadataPlans alone, and once"):
+            MetadataPlans(plans)
+    MetadataPlans([three])
+    assert three.update(LENGTHS).data_ptr() == three.metadata.data_ptr()
+
+
+def test_what_is_remembered_of_forwards_is_bounded() -> None:
+    made = plan(build=BUILD, max_batch_size=8)
+    made.update(LENGTHS)
+    table = torch.zeros(2, 8192, dtype=torch.int32)
+    for width in range(10, 128):
+        for sms in range(10):
+            made.forward_arguments(**LAYER | {"page_table": table[:, :width], "sm_margin": sms})
+    assert 0 < len(made._fitting) <= 1024
+
+
+def test_lengths_may_not_lie_in_the_plans_own_buffer() -> None:
+    made = plan(build=BUILD, max_batch_size=8)
+    with pytest.raises(ValueError, match="cache_seqlens must not lie in the plan's own buffer"):
+        made.update(made.update(LENGTHS)[:2])

@@ -350,3 +350,25 @@ def test_the_kill_switch(precompute: Sglang, monkeypatch: pytest.MonkeyPatch) ->
     undo = attach_new_backends(BUILD)
     assert forwards(precompute, precompute.backend()) == [precompute.forward]
     undo()
+
+
+@pytest.mark.parametrize(("build", "kept"), [("sglang-kernel-0.4.2", True), ("sglang-kernel-0.4.5", False)])
+def test_a_batch_padded_with_queries_makes_its_own_where_they_are_counted(
+    precompute: Sglang, build: str, kept: bool
+) -> None:
+    """The forward counts them, and has room for other splits than the batch was given."""
+    backend = precompute.module.FlashAttentionBackend()  # type: ignore[attr-defined]
+    attach(backend, build)
+    backend.init_forward_metadata(Batch([9000, 40, 700]))
+    made = backend.forward_metadata
+    assert made.scheduler_metadata is not None
+    kv = torch.zeros(9, PAGE, KV_HEADS, DIM, dtype=torch.bfloat16)
+    for tokens in (3, 8):
+        precompute.module.flash_attn_with_kvcache(  # type: ignore[attr-defined]
+            q=torch.zeros(tokens, HEADS, DIM, dtype=torch.bfloat16), k_cache=kv, v_cache=kv,
+            page_table=made.page_table, cache_seqlens=made.cache_seqlens_int32, cu_seqlens_q=made.cu_seqlens_q,
+            max_seqlen_q=1, causal=True, scheduler_metadata=made.scheduler_metadata, ver=3,
+        )  # fmt: skip
+    exact, padded = (call["scheduler_metadata"] for call in precompute.calls)
+    assert exact is made.scheduler_metadata
+    assert (padded is made.scheduler_metadata) == kept

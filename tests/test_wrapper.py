@@ -110,7 +110,7 @@ def test_a_layer_that_comes_round_again_is_a_new_step() -> None:
     forward = recording_forward()
     wrapped = wrap_forward(forward, BUILD)
     one, two = layer(), layer()
-    with step(), torch.inference_mode():  # where torch does not count writes
+    with step(lengths_stay=True), torch.inference_mode():  # where torch does not count writes
         for arguments in (one, two, one, two):
             wrapped(**arguments)
     made = made_in(forward)
@@ -323,3 +323,13 @@ def test_every_package_has_a_provider() -> None:
 
     assert set(providers.PROVIDERS) == set(PACKAGES)
     assert install_module is fa3_metadata.install
+
+
+def test_install_for_another_build_is_refused(sgl_kernel: ModuleType) -> None:
+    """What is installed already is the other build's, whose tensor is laid out otherwise."""
+    fa3_metadata.install(wrap_forward=True, build="sgl-kernel-0.3.21")
+    for more in ({}, {"wrap_forward": True}):
+        assert "nothing to do" in fa3_metadata.install(build="sgl-kernel-0.3.20", **more)  # behaves the same
+        with pytest.raises(ValueError, match=r"build must be like sgl-kernel-0\.3\.21, .* got sgl-kernel-0\.3\.14"):
+            fa3_metadata.install(build="sgl-kernel-0.3.14", **more)
+    fa3_metadata.uninstall()

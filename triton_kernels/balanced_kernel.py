@@ -104,7 +104,7 @@ def _of_all(x):
 def _candidates(k, total, longest, model, SHORT: tl.constexpr):
     """reference._candidates `k`: key blocks of a split; (as float32, tile cost added, reciprocal), load, longest."""
     heads, share, num_splits, tile, _, _ = model
-    load, longest = total.to(tl.float32) * heads * share, tl.maximum(longest, 1)
+    load, longest = tl.maximum(total.to(tl.float32) * heads * share, 0.0), tl.maximum(longest, 1)
     spread = tl.where(k == CANDIDATES - 1, 96, 32 + 3 * k).to(tl.float32) * 0.015625
     bounded = tl.minimum(load, 2097152.0)
     c = 1 + k + _rounded(bounded * spread - 0.4995)
@@ -165,7 +165,7 @@ def group_load(work, group_start, group_end, batch_size, num_heads, share):
     batch, size = batch_size.to(tl.float32), (group_end - group_start).to(tl.float32)
     margin = 1.1 - 0.6 * (group_start.to(tl.float32) * _reciprocal(batch))
     margin *= batch * _reciprocal(size)
-    load = work.to(tl.float32) * num_heads.to(tl.float32) * share
+    load = tl.maximum(work.to(tl.float32) * num_heads.to(tl.float32) * share, 0.0)
     return tl.maximum(_rounded(tl.minimum(load * margin, 2097152.0) + 0.4995), 1)
 
 

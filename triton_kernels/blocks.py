@@ -78,7 +78,7 @@ def num_blocks(lengths, strides, i, mask, shape, WINDOW: tl.constexpr, SHORT: tl
 def cdiv(a, b, SHORT: tl.constexpr):
     """cdiv(a, b) for a >= 0, b > 0, exact in int32: cheaper than an integer division on a GPU.
 
-    SHORT, for a < 2^18: the quotient plus a margin that rounding errors stay within (a + b < 2^20, and a larger b gives
+    SHORT, for a < 2^19: the quotient plus a margin that rounding errors stay within (a + b < 2^20, and a larger b gives
     at most one), rounded down in the mantissa of a number over 2^23: a conversion to int is slow.
     """
     if SHORT:

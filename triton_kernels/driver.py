@@ -2,12 +2,14 @@
 
 Triton's own launch looks up the kernel and checks every pointer with the driver each time, which takes longer than
 everything else that a refresh of the metadata does on the host. Here all but the pointers and the stream is laid out
-once.
+once. That holds for kernels that look as those of Triton 3.5.1 to 3.9 do: any other is left to Triton, see `refusal`.
 """
 
 from __future__ import annotations
 
 import ctypes
+import logging
+import re
 import struct
 import threading
 from collections.abc import Callable, Sequence
@@ -17,6 +19,25 @@ from typing import Any
 
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
 _NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT: this thread has not used the GPU yet
+_WARP = 32
+_POINTER_BITS, _NUMBER_BITS = 64, 32
+_SCRATCH_POINTERS = 2  # what Triton adds after a kernel's own parameters: global and profile scratch memory
+_MOST_SHARED_BYTES = 48 * 1024  # what a kernel may have without asking for more
+# Metadata of a compiled kernel. These must be there, and none of them set; a Triton that has renamed one has changed
+# what it means.
+_NOTHING_OF = (
+    "global_scratch_size", "profile_scratch_size", "launch_cooperative_grid", "tensordesc_meta", "tmem_size",
+    "instrumentation_mode",  # a sanitizer adds parameters
+)  # fmt: skip
+# These say how it was compiled, not how to launch it. Whatever else is set may say that a kernel needs more.
+_OF_COMPILATION = frozenset((
+    "allowed_dot_input_precisions", "arch", "backend_name", "debug", "default_dot_input_precision",
+    "deprecated_fp8_dot_operand_dtypes", "enable_fp_fusion", "enable_reflect_ftz", "extern_libs",
+    "global_scratch_align", "hash", "ir_override", "max_num_imprecise_acc_default", "maxnreg", "name", "num_stages",
+    "profile_scratch_align", "ptx_options", "ptx_version", "sanitize_overflow", "supported_fp8_dtypes", "target",
+    "triton_version",
+))  # fmt: skip
+_log = logging.getLogger(__name__)
 
 
 class _Attribute(ctypes.Structure):
@@ -55,17 +76,18 @@ class DriverLaunch:
         self._words = ctypes.create_string_buffer(struct.pack(f"<{formats}", *words))
         self._batch_size = ctypes.c_int32.from_buffer(self._words, 4 * len(strides))
         # A kernel may take pointers to scratch memory after its own parameters: this one needs none.
-        self._scratch = (ctypes.c_uint64 * 2)()
+        self._scratch = (ctypes.c_uint64 * _SCRATCH_POINTERS)()
         first_pointer, first_word = ctypes.addressof(self._pointers), ctypes.addressof(self._words)
         scratch = ctypes.addressof(self._scratch)
         addresses = [
             *range(first_pointer, first_pointer + 8 * num_pointers, 8),
-            *range(first_word, first_word + 4 * len(words), 4), scratch, scratch + 8,
+            *range(first_word, first_word + 4 * len(words), 4),
+            *range(scratch, scratch + 8 * _SCRATCH_POINTERS, 8),
         ]  # fmt: skip
         self._parameters = (ctypes.c_void_p * len(addresses))(*addresses)
         self._attribute = _Attribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
         self._config = _Config(
-            1, 1, 1, 32 * made.num_warps, 1, 1, made.shared_bytes, None, ctypes.pointer(self._attribute), int(early)
+            1, 1, 1, _WARP * made.num_warps, 1, 1, made.shared_bytes, None, ctypes.pointer(self._attribute), int(early)
         )  # fmt: skip
         self._where = ctypes.addressof(self._config), ctypes.addressof(self._parameters)
         self._by_stream: dict[int, int] = {}  # the address of its config
@@ -118,17 +140,70 @@ class LoadedKernel:
     shared_bytes: int
 
 
-def load(made: Any, device: int) -> LoadedKernel | None:
-    """What Triton compiled, on the device; None where it is not a kernel that DriverLaunch knows how to launch."""
-    metadata = made.metadata
-    scratch = getattr(metadata, "global_scratch_size", 0) or getattr(metadata, "profile_scratch_size", 0)
-    several = getattr(metadata, "num_ctas", 1) != 1 or getattr(metadata, "launch_cooperative_grid", False)
-    if scratch or several or "cubin" not in made.asm:
-        return None
+def load(
+    compile_kernel: Callable[[], Any], device: int, num_pointers: int, num_numbers: int, early: bool
+) -> LoadedKernel | None:
+    """What Triton compiles, on the device; None where Triton must launch it, for which the log has the reason.
+
+    The kernel is to be launched with that many pointers and numbers, and early or not.
+    """
+    try:
+        made = compile_kernel()
+        reason = refusal(made, num_pointers, num_numbers, early)
+        if reason is None:
+            return _loaded(made, device)
+    except Exception as error:  # of names that Triton does not have, say. What its launch cannot do either, it raises
+        reason = repr(error)
+    _log.debug("Triton launches a kernel itself: %s", reason)
+    return None
+
+
+def refusal(made: Any, num_pointers: int, num_numbers: int, early: bool) -> str | None:
+    """Why Triton must launch what it compiled; None where DriverLaunch knows all that the kernel needs."""
+    if "cubin" not in made.asm:
+        return "it is not compiled for CUDA"
+    fields = made.metadata._asdict()
+    exactly: dict[str, Any] = {"num_ctas": 1, "warp_size": _WARP, "launch_pdl": early}
+    if "cluster_dims" in fields or fields["triton_version"].startswith("3.5."):  # the last that has them
+        exactly["cluster_dims"] = (1, 1, 1)
+    sizes = ("num_warps", "shared")
+    missing = sorted({*exactly, *_NOTHING_OF, *sizes} - set(fields))
+    if missing:
+        return f"its metadata has no {', '.join(missing)}"
+    for name, wanted in exactly.items():
+        if fields[name] != wanted:
+            return f"{name} is {fields[name]!r}, not {wanted!r}"
+    for name in set(fields) - {*exactly, *sizes} - _OF_COMPILATION:
+        if fields[name]:
+            return f"it may need more, as {name} is {fields[name]!r}"
+    if not 0 <= fields["shared"] <= _MOST_SHARED_BYTES:
+        return f"it needs {fields['shared']} bytes of shared memory"
+    taken = _parameter_bits(made.asm["ptx"], made.name)
+    given = [_POINTER_BITS] * num_pointers + [_NUMBER_BITS] * num_numbers + [_POINTER_BITS] * _SCRATCH_POINTERS
+    return None if taken == given else f"it takes parameters of {taken} bits, not {given}"
+
+
+def _parameter_bits(ptx: str, name: str) -> list[int]:
+    """Of each parameter of the kernel in PTX; 0 for one that is neither a pointer nor a number."""
+    entry = re.search(rf"\.entry\s+{re.escape(name)}\s*\(([^)]*)\)", ptx)
+    if entry is None:
+        raise ValueError(f"the PTX has no entry {name}")
+    numbers = [re.match(r"\s+\.[usfb](\d+)\s[^\[]*$", one) for one in entry[1].split(".param")[1:]]
+    return [int(number[1]) if number else 0 for number in numbers]
+
+
+def _loaded(made: Any, device: int) -> LoadedKernel:
     from triton.runtime import driver
 
-    _module, function, *_ = driver.active.utils.load_binary(made.name, made.asm["cubin"], metadata.shared, device)
-    return LoadedKernel(function, metadata.num_warps, metadata.shared)
+    _launch_function()  # the driver may be too old for it
+    num_warps, shared = made.metadata.num_warps, made.metadata.shared
+    answer = driver.active.utils.load_binary(made.name, made.asm["cubin"], shared, device)
+    if not isinstance(answer, tuple) or [type(part) for part in answer] != [int] * 5:
+        raise TypeError(f"load_binary answered {answer!r}")
+    _module, function, _registers, _spills, most_threads = answer
+    if not function or most_threads < _WARP * num_warps:
+        raise ValueError(f"function {function:#x} may have {most_threads} threads and needs {_WARP * num_warps}")
+    return LoadedKernel(function, num_warps, shared)
 
 
 @lru_cache(maxsize=1)

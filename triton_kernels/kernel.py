@@ -8,6 +8,8 @@ the place of its own few sequences in the order by counting those that go before
 
 from __future__ import annotations
 
+import re
+
 import triton
 import triton.language as tl
 
@@ -15,6 +17,10 @@ from .balanced_kernel import balanced_split, fastest_blocks_per_split, few_block
 from .blocks import cdiv, num_blocks
 from .builds import MAX_DYNAMIC_SPLIT_BATCH
 
+OLDEST_TRITON = (3, 5)  # gdc_wait of 3.4 does not compile
+if tuple(map(int, re.findall(r"\d+", triton.__version__)[:3])) < OLDEST_TRITON:
+    oldest = ".".join(map(str, OLDEST_TRITON))
+    raise ImportError(f"this is Triton {triton.__version__}, and they need {oldest} or newer")
 try:
     from triton.language.extra.cuda import gdc_wait
 except ImportError:  # a Triton without programmatic dependent launch
@@ -63,13 +69,13 @@ def _write_metadata(
     """Program (x, y) writes the metadata of slice x of group y; the first one the semaphore too.
 
     `out` is int32, laid out by the ..._ROW constants (the place of each row; -1: not in this layout), the ALIGNMENT of
-    rows in elements and SEMAPHORE. `lengths` are
-    pointers to cache_seqlens, cu_seqlens_q, seqused_q, cu_seqlens_k_new and leftpad_k, int32, int64 or None, and
-    `strides` theirs in elements. `tile_m`, `tile_n`: kBlockM and kBlockN, each with its multiplier (blocks.cdiv_tile).
-    `load_factor`: float32, makes the load of an SM of the total; for FA3's rule approximate as in reciprocal.py. What
-    follows it is for policy "balanced" (balance.py), as is WINDOW, with which only blocks in the window count.
-    A program writes SLICE sequences and looks at the GROUP of at most 992 that they are sorted in; both are powers
-    of two. SHORT: no sequence has 2^24 tokens, which makes keys and divisions cheaper.
+    rows in elements and SEMAPHORE. `lengths` are pointers to cache_seqlens, cu_seqlens_q, seqused_q, cu_seqlens_k_new
+    and leftpad_k, int32, int64 or None, and `strides` theirs in elements. `tile_m`, `tile_n`: kBlockM and kBlockN, each
+    with its multiplier (blocks.cdiv_tile). `load_factor`: float32, makes the load of an SM of the total; for FA3's rule
+    approximate as in reciprocal.py. What follows it is for policy "balanced" (balance.py), as is WINDOW, with which
+    only blocks in the window count. A program writes SLICE sequences and looks at the GROUP of at most 992 that they
+    are sorted in; both are powers of two. SHORT: no sequence counts for more than MOST tokens (blocks.py), which makes
+    keys and divisions cheaper.
     """
     group_start = tl.program_id(1) * SORT_GROUP
     group_end = tl.minimum(group_start + SORT_GROUP, batch_size)

@@ -30,6 +30,7 @@ INTERPRETED = kernel.INTERPRETED
 # cache_seqlens, cu_seqlens_q, seqused_q, cu_seqlens_k_new, leftpad_k: 1-D, int32 or int64, any stride; or None
 LengthPointers = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 EARLY_VARIABLE = "FA3_METADATA_EARLY_LAUNCH"  # 0: start only when the kernel before has ended
+DRIVER_VARIABLE = "FA3_METADATA_DRIVER_LAUNCH"  # 0: Triton launches, with its hooks
 _NO_COSTS = Costs(0.0, 0.0, 0.0)
 _ONE_SPLIT, _FA3_RULE, _SEARCH, _LOAD, _FIXED = (
     int(way.value) for way in (kernel.ONE_SPLIT, kernel.FA3_RULE, kernel.SEARCH, kernel.LOAD, kernel.FIXED)
@@ -56,7 +57,8 @@ class Launch:
     """A kernel with everything bound but the pointers, for one batch size.
 
     Triton compiles a kernel, which is then launched through the driver, past Triton's launch hooks and without the
-    launcher that Triton would have a C compiler build. Lengths that are not contiguous go through Triton's launch.
+    launcher that Triton would have a C compiler build. Through Triton's launch go lengths that are not contiguous,
+    kernels that driver.py refuses, and all of them if FA3_METADATA_DRIVER_LAUNCH was 0 when this was made.
     """
 
     def __init__(
@@ -72,13 +74,15 @@ class Launch:
         early = problem.arch >= 90 and not INTERPRETED and kernel.CAN_START_EARLY
         early = early and os.environ.get(EARLY_VARIABLE, "1") != "0"
         self._function, self._early = function, early
+        self._past_triton = os.environ.get(DRIVER_VARIABLE, "1") != "0"
         # in the order of the kernel's parameters
         self._constants = constants | {"CONTIGUOUS": None, "EARLY": early, "SLICE": self._slice, "GROUP": group}
-        self._options: dict[str, Any] = {"num_warps": num_warps}
+        # Policy "balanced" without: the NumPy model rounds after every operation. Triton's default is not the same
+        # in every version.
+        fusion = all(plan.costs is None for plan in plans)
+        self._options: dict[str, Any] = {"num_warps": num_warps, "enable_fp_fusion": fusion}
         if early:
             self._options["launch_pdl"] = True
-        if any(plan.costs is not None for plan in plans):  # the NumPy model rounds after every operation
-            self._options["enable_fp_fusion"] = False
         self._launches: dict[tuple[Any, ...], DriverLaunch] = {}
 
     def for_batch(self, batch_size: int) -> Launch:
@@ -136,23 +140,27 @@ class Launch:
         self, key: tuple[Any, ...], pointers: tuple[torch.Tensor, ...], lengths: LengthPointers
     ) -> DriverLaunch | None:
         """The launch of a kernel compiled for these tensors; None: Triton must launch."""
-        if INTERPRETED or not key[1]:  # contiguous
+        if INTERPRETED or not self._past_triton or not key[1]:  # contiguous
             return None
-        identity = self._identity(key)
+        identity, num_pointers = self._identity(key), sum(t is not None for t in (*pointers, *lengths))
         if identity in _loaded:
             made = _loaded[identity]
         else:
-            numbers, constants = (self._batch_size, *self._numbers), self._constants | {"CONTIGUOUS": True}
-            arguments = (*pointers, *lengths, *_UNIT_STRIDES, *numbers)
-            compiled = self._function.warmup(*arguments, grid=self._grid, **constants, **self._options)
-            made = _loaded[identity] = load(compiled, lengths[0].device.index)
+            constants = self._constants | {"CONTIGUOUS": True}
+            arguments = (*pointers, *lengths, *_UNIT_STRIDES, self._batch_size, *self._numbers)
+
+            def compiled() -> Any:
+                return self._function.warmup(*arguments, grid=self._grid, **constants, **self._options)
+
+            num_numbers = len(_UNIT_STRIDES) + 1 + len(self._numbers)
+            made = load(compiled, lengths[0].device.index, num_pointers, num_numbers, self._early)
+            _loaded[identity] = made
         if made is None:
             return None
         found = _driver_launches.get((made, self._numbers))
         if found is None:
             if len(_driver_launches) >= _MOST_DRIVER_LAUNCHES:
                 _driver_launches.clear()
-            num_pointers = sum(t is not None for t in (*pointers, *lengths))
             numbers = (self._batch_size, *self._numbers)
             found = DriverLaunch(made, num_pointers, _UNIT_STRIDES, numbers, self._early)
             _driver_launches[made, self._numbers] = found

@@ -29,7 +29,7 @@ class MetadataLayout:
     indexed by sorted position (`varlen_batch_idx` says which sequence that is), otherwise by sequence. The semaphore,
     a single zero that FA3's tile scheduler counts with, comes after the last row, or before the first one where
     `semaphore_first`; FA3 has none on sm_8x without splits.
-    `num_splits` and `pack_gqa` are what the metadata is made with: give the forward the same.
+    `num_splits` and `pack_gqa` are what the metadata is made for: give the forward the same.
 
     Three sequences of 9,000, 100 and 4,000 keys, 8 q heads over 1 KV head, head dim 128, causal, one query each:
 

@@ -204,11 +204,11 @@ def sizes_alone_differ(plan: LaunchPlan, problem: Problem, batch_size: int, max_
 
 
 def batch_sizes_of_other_plans(problem: Problem, rules: FA3Rules) -> list[int]:
-    """Batch sizes from 1 on, up to the problem's own, among which is one of each plan that `sizes_alone_differ` tells.
+    """Batch sizes from 0 on, up to the problem's own, among which is one of each plan that `sizes_alone_differ` tells.
 
     Where FA3's bound on splits counts the batch, it may be another one from each of them on.
     """
-    largest, found = problem.batch_size, {1, MAX_DYNAMIC_SPLIT_BATCH, MAX_DYNAMIC_SPLIT_BATCH + 1}
+    largest, found = problem.batch_size, {0, 1, MAX_DYNAMIC_SPLIT_BATCH, MAX_DYNAMIC_SPLIT_BATCH + 1}
     rows = problem.max_seqlen_q * problem.q_heads_per_kv_head
     if rules.bound_depends_on_batch and not problem.num_splits and rows:
         plan = make_plan(problem, rules)

@@ -157,7 +157,8 @@ def _work(plan: LaunchPlan, num_m_blocks: Ints, blocks: Ints) -> Ints:
 def _load(plan: LaunchPlan, work: Ints) -> np.float32:
     """Key blocks for each SM."""
     total = np.sum(work, dtype=np.int32)
-    return np.float32(np.float32(total) * np.float32(plan.num_heads) * np.float32(plan.share_of_load))
+    load = np.float32(np.float32(total) * np.float32(plan.num_heads) * np.float32(plan.share_of_load))
+    return np.maximum(load, np.float32(0))  # a total that has wrapped is negative
 
 
 def _group_load(plan: LaunchPlan, num_m_blocks: Ints, blocks: Ints) -> Ints:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from .tables import Table, find_table
 
@@ -46,10 +47,15 @@ def shipped_shapes(gpu: str) -> Shapes:
     return shapes_of(find_table("launch", gpu, shapes_of))
 
 
-def _checked(shape: tuple[int, int], group: int) -> tuple[int, int]:
-    """A slice and a number of warps that can be launched."""
-    slice_, num_warps = shape
-    for value, most in ((slice_, group), (num_warps, _MOST_WARPS)):
-        if not isinstance(value, int) or not 1 <= value <= most or value & (value - 1):
-            raise ValueError(f"{shape} is no launch shape for GROUP {group}: powers of two are needed")
-    return slice_, num_warps
+def _checked(shape: Any, group: int) -> tuple[int, int]:
+    """A slice and a number of warps that can be launched. Raises `ValueError`."""
+    pair = isinstance(shape, list | tuple) and len(shape) == 2
+    if not pair or not _is_power_of_two(shape[0], group) or not _is_power_of_two(shape[1], _MOST_WARPS):
+        raise ValueError(
+            f"a shape for GROUP {group} must be two powers of two, up to {group} and {_MOST_WARPS}, got {shape!r}"
+        )
+    return shape[0], shape[1]
+
+
+def _is_power_of_two(value: Any, most: int) -> bool:
+    return type(value) is int and 1 <= value <= most and not value & (value - 1)  # True is no number

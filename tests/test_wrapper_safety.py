@@ -1,0 +1,226 @@
+"""What a wrapped forward must never do: share what may have changed, or schedule what it does not understand."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import threading
+from typing import Any
+
+import fa3_metadata
+import pytest
+import torch
+from fa3_metadata import captured_writes, step, wrap_forward, wrapper
+from fa3_metadata.calls import _VARLEN_KNOWN, _WITH_KVCACHE_KNOWN, ForwardCall
+
+from bench.wheel_recordings import Recordings
+
+from .test_wrapper import BUILD, LENGTHS, asked, layer, made_in, recording_forward
+
+
+def with_parameters(extra: str) -> Any:
+    """A forward that records its calls and has parameters more than FA3's."""
+    calls: list[dict[str, Any]] = []
+    head = "def f(q, k_cache, v_cache, cache_seqlens=None, page_table=None, causal=False, scheduler_metadata=None, "
+    space: dict[str, Any] = {"calls": calls}
+    exec(f"{head}num_splits=0, pack_gqa=None, {extra}):\n    calls.append(dict(locals()))\n    return q", space)
+    space["f"].calls = calls
+    return space["f"]
+
+
+@pytest.mark.parametrize("policy", ["fa3", "balanced"])
+def test_in_inference_mode_no_write_goes_unnoticed(policy: str) -> None:
+    """torch does not count writes there: three modules of a draft model, lengths advance between them."""
+    forward = recording_forward()
+    wrapped = wrap_forward(forward, BUILD, policy)
+    with torch.inference_mode():
+        for lengths in (LENGTHS.clone(), torch.tensor([4000, 70, 900], dtype=torch.int32)):
+            forward.calls.clear()
+            with step():
+                for _ in range(3):
+                    wrapped(**layer(cache_seqlens=lengths))
+                    if (made := made_in(forward)[-1]) is not None:
+                        right = fa3_metadata.get_scheduler_metadata(**asked(policy, cache_seqlens=lengths))
+                        assert torch.equal(made, right)
+                    lengths.add_(1000)
+            assert all((made is None) == (policy == "fa3") for made in made_in(forward))
+
+
+def test_who_says_that_lengths_stay_shares_in_inference_mode() -> None:
+    forward = recording_forward()
+    wrapped = wrap_forward(forward, BUILD)
+    with torch.inference_mode(), step(lengths_stay=True):
+        for _ in range(3):
+            wrapped(**layer())
+    first, *others = made_in(forward)
+    assert first is not None
+    assert all(made is first for made in others)
+    with pytest.raises(TypeError, match="lengths_stay must be True or False, got 1"), step(lengths_stay=1):  # type: ignore[arg-type]
+        pass
+
+
+def test_builds_in_one_scope_get_each_its_own() -> None:
+    builds = ("sglang-kernel-0.4.2", "vllm-0.33.0", "vllm-0.10.0", "sglang-kernel-0.4.2", "sgl-kernel-0.3.21")
+    forwards = [recording_forward() for _ in builds]
+    with step():
+        for forward, build in zip(forwards, builds, strict=True):
+            wrap_forward(forward, build)(**layer())
+    for forward, build in zip(forwards, builds, strict=True):
+        (made,) = made_in(forward)
+        assert torch.equal(made, fa3_metadata.get_scheduler_metadata(**asked("fa3", build=build)))
+
+
+def test_query_lengths_in_use_are_honoured() -> None:
+    forward = with_parameters("seqused_q=None")
+    used = torch.tensor([16, 1, 0], dtype=torch.int32)
+    call = layer(q=torch.zeros(3, 16, 8, 128, dtype=torch.bfloat16), seqused_q=used)
+    with step():
+        wrap_forward(forward, BUILD)(**call)
+    right = fa3_metadata.get_scheduler_metadata(**asked("fa3", max_seqlen_q=16, seqused_q=used))
+    assert torch.equal(made_in(forward)[0], right)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "value"),
+    [
+        ("some_future_mask=None", object()),
+        ("batch_invariant=False", True),
+        ("levels=1", 2),
+        ("tree=None", torch.zeros(3)),
+    ],
+)
+def test_what_is_not_known_is_passed_through(parameter: str, value: object) -> None:
+    forward, name = with_parameters(parameter), parameter.partition("=")[0]
+    wrapped = wrap_forward(forward, BUILD)
+    with step():
+        wrapped(**layer(**{name: value}))
+        assert made_in(forward) == [None]
+        assert forward.calls[0]["num_splits"] == 0
+        # Its default does no harm, whether said or not.
+        wrapped(**layer(**{name: inspect.signature(forward).parameters[name].default}))
+        wrapped(**layer())
+    assert made_in(forward)[1] is made_in(forward)[2] is not None
+
+
+def test_every_parameter_of_every_published_forward_is_known() -> None:
+    recorded = Recordings.load()
+    texts = {found["forward_signature"] for versions in recorded.wheels.values() for found in versions.values()}
+    assert len(texts) > 10
+    for text in texts:
+        names = {part.partition("=")[0].strip() for part in (recorded.texts[text or ""] + ",").split(", ")}
+        names = {name.strip(",") for name in names if name.isidentifier() or name.strip(",").isidentifier()}
+        assert "q" in names
+        known = _VARLEN_KNOWN if "fa_version" in names else _WITH_KVCACHE_KNOWN
+        assert names <= known
+
+
+def test_a_forward_that_is_not_fa3_unless_told_so() -> None:
+    """vLLM's runs FlashAttention 2 by default."""
+    forward = with_parameters("ver=2")
+    wrapped = wrap_forward(forward, BUILD)
+    with step():
+        wrapped(**layer())
+        wrapped(**layer(ver=3))
+    assert made_in(forward)[0] is None
+    assert made_in(forward)[1] is not None
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_surplus_arguments_are_the_forwards_business(inside: bool) -> None:
+    wrapped = wrap_forward(recording_forward(), BUILD)
+    call = layer()
+    with step() if inside else torch.no_grad():
+        with pytest.raises(TypeError, match="multiple values for argument 'q'"):
+            wrapped(call["q"], call["k_cache"], **call)
+        with pytest.raises(TypeError, match="positional arguments but"):
+            wrapped(call["q"], call["k_cache"], call["v_cache"], *[None] * 40)
+
+
+def test_tasks_have_scopes_of_their_own() -> None:
+    async def task(log: list[bool], wait: float) -> None:
+        with step():
+            mine = wrapper._step.get()
+            await asyncio.sleep(0)
+            log.append(wrapper._step.get() is mine)
+            await asyncio.sleep(wait)
+            log.append(wrapper._step.get() is mine)
+
+    async def both() -> list[bool]:
+        log: list[bool] = []
+        await asyncio.gather(task(log, 0.01), task(log, 0.02))
+        return log
+
+    assert asyncio.run(both()) == [True] * 4
+    assert wrapper._step.get() is None
+
+
+def test_threads_have_scopes_of_their_own() -> None:
+    seen = []
+    with step():
+        thread = threading.Thread(target=lambda: seen.append(wrapper._step.get()))
+        thread.start()
+        thread.join()
+    assert seen == [None]
+
+
+def test_a_long_scope_keeps_a_bounded_number() -> None:
+    forward = recording_forward()
+    wrapped, lengths = wrap_forward(forward, BUILD), LENGTHS.clone()
+    call = layer(cache_seqlens=lengths)
+    with step():
+        for _ in range(600):
+            wrapped(**call)
+            lengths.add_(1)
+        scope = wrapper._step.get()
+        assert scope is not None
+        assert len(scope.made) == 256
+    assert torch.equal(
+        made_in(forward)[-1], fa3_metadata.get_scheduler_metadata(**asked("fa3", cache_seqlens=lengths - 1))
+    )
+
+
+def test_lengths_of_another_shape_at_the_same_place_are_not_taken_for_these() -> None:
+    forward, lengths = recording_forward(), torch.tensor([5000, 70, 900, 9], dtype=torch.int32)
+    wrapped = wrap_forward(forward, BUILD)
+    with step():
+        wrapped(**layer(cache_seqlens=lengths[:3]))
+        wrapped(**layer(cache_seqlens=lengths))  # four lengths for three queries
+    assert made_in(forward)[0] is not None
+    assert made_in(forward)[1] is None
+
+
+def test_another_build_is_not_taken_for_the_one_in_place() -> None:
+    wrapped = wrap_forward(recording_forward(), "sglang-kernel-0.4.2")
+    assert wrap_forward(wrapped, "sglang-kernel-0.4.4") is wrapped  # behaves the same
+    with pytest.raises(ValueError, match=r"build must be like sglang-kernel-0.4.2, .* got sglang-kernel-0.4.5"):
+        wrap_forward(wrapped, "sglang-kernel-0.4.5")
+
+
+def test_a_driver_that_does_not_tell_of_captures_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls pass through, as they are."""
+
+    class Driver:
+        cuGraphGetNodes = None  # noqa: N815, the driver's name
+
+    captured_writes._driver.cache_clear()
+    monkeypatch.setattr(captured_writes.ctypes, "CDLL", lambda _: Driver())
+    assert captured_writes.Capture.current() is None
+    monkeypatch.setattr(wrapper, "_has_cuda", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    forward = recording_forward()
+    with step():
+        wrap_forward(forward, BUILD)(**layer())
+    assert made_in(forward) == [None]
+    captured_writes._driver.cache_clear()
+
+
+def test_addresses_are_found_among_a_kernels_arguments() -> None:
+    numbers = torch.tensor([3, 0x7F0000001000, 5], dtype=torch.int64).numpy().tobytes()
+    assert captured_writes._has_address(numbers, [(0x7F0000000FF0, 0x7F0000001004)])
+    assert not captured_writes._has_address(numbers, [(0x7F0000001004, 0x7F0000001010)])
+    assert not captured_writes._has_address(numbers[:12], [(0x7F0000000FF0, 0x7F0000001004)])
+
+
+def test_reading_a_call_does_not_compare_tensors() -> None:
+    call = layer(mask_mod=torch.zeros(2), unknown_thing=torch.zeros(2))
+    assert ForwardCall.read(call).unknown == ("mask_mod", "unknown_thing")
