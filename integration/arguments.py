@@ -30,6 +30,17 @@ class LengthTensors(NamedTuple):
         """The tensors that the kernel reads, in its order."""
         return self.cache_seqlens, self.cu_seqlens_q, self.seqused_q, self.cu_seqlens_k_new, self.leftpad_k
 
+    def overlapping(self, out: torch.Tensor) -> str | None:
+        """The first tensor read that has memory in common with `out`, contiguous, by its ends; None: there is none."""
+        start = out.data_ptr()
+        end = start + out.nbytes
+        for name, tensor in zip(_READ, self.pointers(), strict=True):
+            if tensor is not None and (first := tensor.data_ptr()) < end and tensor.numel():
+                reach = (tensor.numel() - 1) * tensor.stride(0) * tensor.element_size()  # torch has no negative strides
+                if first + reach + tensor.element_size() > start:
+                    return name
+        return None
+
     def check(self, batch_size: int) -> None:
         """Raise `TypeError` or `ValueError` for the first tensor that does not fit a batch of this size."""
         _check("cache_seqlens", self.cache_seqlens, batch_size, self.cache_seqlens)
@@ -38,6 +49,9 @@ class LengthTensors(NamedTuple):
         for name, tensor in zip(self._fields[1:], self[1:], strict=True):
             if tensor is not None:
                 _check(name, tensor, batch_size + name.startswith("cu_"), self.cache_seqlens)
+
+
+_READ = ("cache_seqlens", "cu_seqlens_q", "seqused_q", "cu_seqlens_k_new", "leftpad_k")  # as `pointers` has them
 
 
 def _check(name: str, tensor: torch.Tensor, length: int, like: torch.Tensor) -> None:
@@ -135,22 +149,6 @@ def output_tensor(
             f"got shape {tuple(out.shape)} with strides {out.stride()}"
         )
     made = out if out.numel() == size else out[:size]
-    for name, tensor in zip(LengthTensors._fields, lengths or (), strict=False):
-        if tensor is not None and name != "cu_seqlens_k" and overlap(made, tensor):  # which nobody reads
-            raise ValueError(f"out must not overlap {name}, which is read while it is written")
+    if lengths is not None and (name := lengths.overlapping(made)) is not None:
+        raise ValueError(f"out must not overlap {name}, which is read while it is written")
     return made
-
-
-def overlap(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Whether two 1-D tensors on one device have memory in common, as far as their first and last elements tell."""
-    (a, a_end), (b, b_end) = _ends(first), _ends(second)
-    return a < b_end and b < a_end
-
-
-def _ends(tensor: torch.Tensor) -> tuple[int, int]:
-    """Addresses of the first byte and of the one after the last."""
-    start = tensor.data_ptr()
-    if not tensor.numel():
-        return start, start
-    reach = (tensor.numel() - 1) * tensor.stride(0) * tensor.element_size()
-    return start + min(reach, 0), start + max(reach, 0) + tensor.element_size()

@@ -88,9 +88,9 @@ def install(
         if wrap_forward and theirs is not None:
             theirs.check(chosen, name)
         there = getattr(module, "get_scheduler_metadata", None)
-        if isinstance(there, functools.partial) and there.func is get_scheduler_metadata:
-            if rules_for(installed_for := there.keywords["build"]) is not rules_for(name):
-                raise ValueError(f"build must be like {installed_for}, for which ours is installed already, got {name}")
+        installed_for = _installed_for(there)
+        if installed_for is not None and rules_for(installed_for) is not rules_for(name):
+            raise ValueError(f"build must be like {installed_for}, for which ours is installed already, got {name}")
         if there is None:
             made = functools.partial(get_scheduler_metadata, build=name)
             _put(module, "get_scheduler_metadata", functools.update_wrapper(made, get_scheduler_metadata))
@@ -122,6 +122,12 @@ def uninstall() -> str:
                 undone.append(where)
     said = f"took back {', '.join(undone)}" if undone else "nothing was installed"
     return _say(said + (f"; left {', '.join(left)}, replaced since" if left else ""))
+
+
+def _installed_for(function: Any) -> str | None:
+    """The build for which `install` put this function in; None: it is not ours."""
+    is_ours = isinstance(function, functools.partial) and function.func is get_scheduler_metadata
+    return function.keywords["build"] if is_ours else None
 
 
 def _put(module: ModuleType, name: str, value: Any) -> None:

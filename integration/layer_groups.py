@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .arguments import LengthTensors, overlap
+from .arguments import LengthTensors
 from .resolved import ResolvedCall, load_launch, on_device
 from .triton_kernels.layout import padded
 from .triton_kernels.plan import batch_sizes_of_other_plans
@@ -174,9 +174,8 @@ class MetadataPlans:
         tensors.check(batch_size)
         if tensors.cache_seqlens.device != first.device:
             raise ValueError(f"cache_seqlens must be on {first.device}, got {tensors.cache_seqlens.device}")
-        for name, tensor in zip(tensors._fields, tensors, strict=True):
-            if tensor is not None and overlap(self._buffer, tensor):
-                raise ValueError(f"{name} must not lie in the plan's own buffer, which is written while it is read")
+        if (name := tensors.overlapping(self._buffer)) is not None:
+            raise ValueError(f"{name} must not lie in the plan's own buffer, which is written while it is read")
         for name, tensor in given.items():
             if (tensor is not None) != (name in first.varying):
                 wanted = "a tensor" if name in first.varying else "None"

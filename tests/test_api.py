@@ -239,10 +239,10 @@ def test_triton_on_cpu_tensors_needs_the_interpreter() -> None:
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("name", ["cache_seqlens", "cu_seqlens_q", "leftpad_k"])
-def test_out_may_not_overlap_lengths(name: str, backend: str) -> None:
+def test_out_may_not_overlap_lengths(name: str, backend: str, device: torch.device) -> None:
     """They are read by all programs while some write."""
-    memory = torch.zeros(400, dtype=torch.int32)
-    call = GOOD | {"cache_seqlens": LENGTHS, "build": "sglang-kernel-0.4.2", "backend": backend}
+    memory = torch.zeros(400, dtype=torch.int32, device=device)
+    call = GOOD | {"cache_seqlens": LENGTHS.to(device), "build": "sglang-kernel-0.4.2", "backend": backend}
     size = fa3_metadata.metadata_layout(**GOOD, build="sglang-kernel-0.4.2").size
     count = GOOD["batch_size"] + (name == "cu_seqlens_q")
     for start in (0, size - 1):

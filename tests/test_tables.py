@@ -396,7 +396,7 @@ def test_what_is_no_regular_file_is_not_opened(monkeypatch: pytest.MonkeyPatch) 
     opened = []
     really = os.open
     monkeypatch.setattr(os, "open", lambda path, *rest, **more: opened.append(path) or really(path, *rest, **more))
-    os.mkfifo(tables.cache_file("launch", GPU))
+    _device(tables.cache_file("launch", GPU))
     _ignored("launch")
     assert str(tables.cache_file("launch", GPU)) not in map(str, opened)
 

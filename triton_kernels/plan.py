@@ -36,7 +36,8 @@ class LaunchPlan:
     block_m: int  # kBlockM: query rows of a tile
     block_n: int  # kBlockN: keys of a block
     num_sms: int  # after sm_margin
-    splits_tile: tuple[int, int]  # kBlockM and kBlockN with which the bound on splits is found
+    splits_tile: tuple[int, int]  # kBlockM and kBlockN with which FA3's bound on splits is found
+    tiles_counted: int  # query blocks that it counts
     num_splits: int  # upper bound; layout.num_splits is what the forward is told
     num_splits_reason: str
     pack_gqa: bool  # pass the same to the forward
@@ -111,6 +112,7 @@ def make_plan(problem: Problem, rules: FA3Rules) -> LaunchPlan:
     # sm_8x picks its tile by whether there are splits, and the number of splits by the tile: FA3 breaks
     # the circle by counting blocks as if there were.
     splits_tile = block_m, block_n = _tile(p, rules, flags | {"split"})
+    tiles_counted = _tiles_counted(p, rules, block_m, p.batch_size)
     balanced = (
         p.policy == "balanced"
         and 0 <= query_rows <= MAX_BALANCED_M_BLOCKS * block_m
@@ -122,14 +124,14 @@ def make_plan(problem: Problem, rules: FA3Rules) -> LaunchPlan:
         num_splits, splits_reason = p.num_splits, "given"
     else:
         keys_read = _keys_read(p, block_m, is_local, window)
-        bound = (keys_read, num_sms, block_m, block_n, is_causal or is_local)
+        bound = (keys_read, num_sms, block_m, block_n, is_causal or is_local)  # what FA3 finds it by
         if own_bound:
             tiles = p.num_heads_k * _num_blocks(query_rows, block_m)
-            fa3, _ = _resolve_num_splits(p, tiles, *bound)
+            fa3, _ = _resolve_num_splits(p, p.max_seqlen_k, tiles, *bound)
             num_splits = balanced_num_splits(p, tiles, -(-keys_read // block_n), num_sms, fa3)
             splits_reason = "what may pay, within max_partial_bytes"
         else:
-            num_splits, splits_reason = _resolve_num_splits(p, _tiles_counted(p, rules, block_m), *bound)
+            num_splits, splits_reason = _resolve_num_splits(p, p.max_seqlen_k, tiles_counted, *bound)
     if rules.packs_first:
         flags = mask_flags | _one_wg_flag(p, rules, is_local, num_splits > 1)
     block_m, block_n = _tile(p, rules, flags | ({"split"} if num_splits > 1 else set()))
@@ -161,6 +163,7 @@ def make_plan(problem: Problem, rules: FA3Rules) -> LaunchPlan:
         block_n=block_n,
         num_sms=num_sms,
         splits_tile=splits_tile,
+        tiles_counted=tiles_counted,
         num_splits=num_splits,
         num_splits_reason=splits_reason,
         pack_gqa=pack_gqa,
@@ -225,21 +228,23 @@ def plan_like(plan: LaunchPlan, problem: Problem, batch_size: int, max_seqlen_k:
         reason = _num_splits_like(plan, problem, batch_size, max_seqlen_k)[1]
     return unchecked_replace(
         plan.for_batch(batch_size),
+        tiles_counted=_tiles_counted(problem, plan.rules, plan.splits_tile[0], batch_size),
         window_size=_normalise_mask(unchecked_replace(problem, max_seqlen_k=max_seqlen_k))[2],
         num_splits_reason=reason,
     )
 
 
 def _num_splits_like(plan: LaunchPlan, problem: Problem, batch_size: int, max_seqlen_k: int) -> tuple[int, str]:
-    """FA3's bound on splits where `plan` is that of `problem` but for the sizes."""
-    same_keys = max_seqlen_k == problem.max_seqlen_k
-    if same_keys and (batch_size == problem.batch_size or plan.rules.splits_count == "one_sequence"):
+    """FA3's bound on splits where `plan` is that of `problem` but for the sizes; max_seqlen_k only without a window."""
+    counts_one = plan.rules.splits_count == "one_sequence"
+    if max_seqlen_k == problem.max_seqlen_k and (counts_one or batch_size == problem.batch_size):
         return plan.num_splits, plan.num_splits_reason
-    p = unchecked_replace(problem, batch_size=batch_size, max_seqlen_k=max_seqlen_k)
     block_m, block_n = plan.splits_tile
-    keys_read = _keys_read(p, block_m, plan.is_local, _normalise_mask(p)[2])
-    tiles = _tiles_counted(p, plan.rules, block_m)
-    return _resolve_num_splits(p, tiles, keys_read, plan.num_sms, block_m, block_n, plan.is_causal or plan.is_local)
+    keys_read = _keys_read(problem, block_m, True, plan.window_size) if plan.is_local else max_seqlen_k
+    tiles = plan.tiles_counted if counts_one else _tiles_counted(problem, plan.rules, block_m, batch_size)
+    return _resolve_num_splits(
+        problem, max_seqlen_k, tiles, keys_read, plan.num_sms, block_m, block_n, plan.is_causal or plan.is_local
+    )
 
 
 def _is_short(p: Problem, max_seqlen_k: int) -> bool:
@@ -307,22 +312,25 @@ def _tile(p: Problem, rules: FA3Rules, flags: frozenset[str]) -> tuple[int, int]
     return find_tile(tables[p.element_size], _round_headdim(p.headdim), flags)
 
 
-def _tiles_counted(p: Problem, rules: FA3Rules, block_m: int) -> int:
-    """Query blocks of all KV heads that FA3's bound on splits counts."""
-    tokens = p.query_tokens if rules.bound_depends_on_batch else p.max_seqlen_q
-    sequences = 1 if p.batch_size <= rules.most_split_by_metadata else p.batch_size
+def _tiles_counted(p: Problem, rules: FA3Rules, block_m: int, batch_size: int) -> int:
+    """Query blocks of all KV heads that FA3's bound on splits counts in a batch of this size."""
+    tokens, sequences = p.max_seqlen_q, 1
+    if rules.bound_depends_on_batch:
+        tokens = p.total_q or batch_size * p.max_seqlen_q  # to FA3 a total of 0 is none
+    elif batch_size > rules.most_split_by_metadata:
+        sequences = batch_size
     return _int32(sequences * p.num_heads_k * _num_blocks(_int32(tokens * p.q_heads_per_kv_head), block_m))
 
 
 def _resolve_num_splits(
-    p: Problem, total_m_blocks: int, keys_read: int, num_sms: int, block_m: int, block_n: int, is_masked: bool
-) -> tuple[int, str]:
+    p: Problem, max_seqlen_k: int, total_m_blocks: int, keys_read: int, num_sms: int, block_m: int, block_n: int,
+    is_masked: bool,
+) -> tuple[int, str]:  # fmt: skip
     """FA3's upper bound on splits, and why: most builds count the tiles of one sequence of the largest length."""
-    num_m_blocks = _num_blocks(_int32(p.max_seqlen_q * p.q_heads_per_kv_head), block_m)
     num_n_blocks = -(-keys_read // block_n)
-    kv_head_bytes = _int32(p.max_seqlen_k * (p.headdim + p.value_headdim) * p.element_size)
-
     if total_m_blocks >= _enough_tiles(num_sms):
+        num_m_blocks = _num_blocks(_int32(p.max_seqlen_q * p.q_heads_per_kv_head), block_m)
+        kv_head_bytes = _int32(max_seqlen_k * (p.headdim + p.value_headdim) * p.element_size)
         if kv_head_bytes > _L2_BYTES_FOR_SPLITS and num_m_blocks >= 2 * num_sms and not is_masked:
             splits = min(-(-kv_head_bytes // _L2_BYTES_FOR_SPLITS), _MAX_HEURISTIC_SPLITS)
             return splits, "one KV head does not fit in L2 and many query blocks read it"
