@@ -87,8 +87,10 @@ def _may_write(node: int, ranges: list[tuple[int, int]]) -> bool:
 def _kernel_arguments(driver: ctypes.CDLL, node: ctypes.c_void_p) -> bytes | None:
     """A kernel's arguments one after the other, each padded to eight bytes; None where they cannot be read."""
     params = _KernelParams()
-    if driver.cuGraphKernelNodeGetParams_v2(node, ctypes.byref(params)) or not params.kernel_params:
+    if driver.cuGraphKernelNodeGetParams_v2(node, ctypes.byref(params)):
         return None
+    if not params.kernel_params:  # given as one buffer, as cuBLAS does
+        return _buffer_of(params.extra) if params.extra else None
     function, info = params.func, driver.cuFuncGetParamInfo
     if not function:
         function, info = params.kern, driver.cuKernelGetParamInfo
@@ -98,6 +100,18 @@ def _kernel_arguments(driver: ctypes.CDLL, node: ctypes.c_void_p) -> bytes | Non
         found += value + bytes(-len(value) % 8)
         index += 1
     return found
+
+
+def _buffer_of(extra: int) -> bytes | None:
+    """What CU_LAUNCH_PARAM_BUFFER_POINTER (1) and ..._SIZE (2) say in a list that ends with 0."""
+    words, buffer, size = ctypes.cast(extra, ctypes.POINTER(ctypes.c_void_p)), None, None
+    for place in (0, 2):
+        tag, value = words[place], words[place + 1]
+        if tag == 1:
+            buffer = value
+        elif tag == 2 and value:
+            size = ctypes.cast(value, ctypes.POINTER(ctypes.c_size_t))[0]
+    return ctypes.string_at(buffer, size) if buffer and size is not None and not words[4] else None
 
 
 def _has_address(arguments: bytes, ranges: list[tuple[int, int]]) -> bool:

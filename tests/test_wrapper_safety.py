@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import inspect
 import threading
 from typing import Any
@@ -224,3 +225,12 @@ def test_addresses_are_found_among_a_kernels_arguments() -> None:
 def test_reading_a_call_does_not_compare_tensors() -> None:
     call = layer(mask_mod=torch.zeros(2), unknown_thing=torch.zeros(2))
     assert ForwardCall.read(call).unknown == ("mask_mod", "unknown_thing")
+
+
+def test_arguments_given_as_one_buffer_are_read() -> None:
+    """As cuBLAS launches its kernels: a list of tags and values, which ends with 0."""
+    content, size = ctypes.create_string_buffer(bytes(range(24)), 24), ctypes.c_size_t(24)
+    words = (ctypes.c_void_p * 5)(1, ctypes.addressof(content), 2, ctypes.addressof(size), None)
+    assert captured_writes._buffer_of(ctypes.addressof(words)) == bytes(range(24))
+    words[2] = 7  # a tag that is not known
+    assert captured_writes._buffer_of(ctypes.addressof(words)) is None
