@@ -35,7 +35,7 @@ class _Made:
     metadata: torch.Tensor
     inputs: tuple[torch.Tensor, ...]
     layers: set[int] = field(default_factory=set)  # addresses of their KV caches
-    nodes: frozenset[int] = frozenset()  # of the graph that is captured: those known to leave `inputs` as they are
+    nodes: frozenset[int] = frozenset()  # of the graph that is captured: those known not to have written `inputs` since
 
 
 @dataclass(eq=False)
@@ -44,6 +44,7 @@ class _Scope:
 
     capture: int | None = None
     lengths_stay: bool = False  # the caller says so
+    readers: frozenset[int] = frozenset()  # nodes of the graph that is captured: layers and metadata, which only read
     made: dict[tuple[Any, ...], _Made] = field(default_factory=dict)
 
     def keep(self, key: tuple[Any, ...], made: _Made) -> None:
@@ -172,10 +173,19 @@ def wrap_forward(
 
     @functools.wraps(forward)
     def with_metadata(*args: Any, **kwargs: Any) -> Any:
-        call = dict(zip(names, args, strict=False)) | kwargs
         capturing = _has_cuda() and torch.cuda.is_current_stream_capturing()
         capture = Capture.current() if capturing else None
         scope = None if capturing and capture is None else _scope(capture)
+        if scope is None or capture is None or _counts_writes():
+            return attend(scope, capture, args, kwargs)
+        before = capture.nodes()
+        output = attend(scope, capture, args, kwargs)
+        if before is not None and (after := capture.nodes()) is not None:
+            scope.readers |= after - before
+        return output
+
+    def attend(scope: _Scope | None, capture: Capture | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = dict(zip(names, args, strict=False)) | kwargs
         if scope is None or call.get("scheduler_metadata") is not None or len(call) < len(args) + len(kwargs):
             return forward(*args, **kwargs)  # which also says what is wrong with surplus arguments, or one given twice
         try:
@@ -188,13 +198,7 @@ def wrap_forward(
         ours: dict[str, Any] = {"scheduler_metadata": made.metadata}
         for name in takes:
             ours[name] = getattr(made.plan.layout, name)
-        if capture is None or _counts_writes():
-            return forward(**call | ours)
-        before = capture.nodes()
-        output = forward(**call | ours)
-        if before is not None and (after := capture.nodes()) is not None:
-            made.nodes |= after - before  # a layer reads the lengths
-        return output
+        return forward(**call | ours)
 
     with_metadata.__fa3_metadata__ = Wrapping(chosen, build, rules)  # type: ignore[attr-defined]
     return with_metadata
@@ -245,7 +249,7 @@ def _may_be_written(made: _Made, scope: _Scope, capture: Capture | None) -> bool
         return False
     if capture is None or (nodes := capture.nodes()) is None:
         return True
-    if may_write(nodes - made.nodes, made.inputs):
+    if may_write(nodes - made.nodes - scope.readers, made.inputs):
         return True
     made.nodes = nodes
     return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import functools
 import inspect
 import threading
 from typing import Any
@@ -234,3 +235,68 @@ def test_arguments_given_as_one_buffer_are_read() -> None:
     assert captured_writes._buffer_of(ctypes.addressof(words)) == bytes(range(24))
     words[2] = 7  # a tag that is not known
     assert captured_writes._buffer_of(ctypes.addressof(words)) is None
+
+
+class Graph:
+    """A capture in progress, on a machine without a GPU: `write` and the layers add nodes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.number, self.count, self.touching = 1, 0, set[int]()
+        monkeypatch.setattr(wrapper, "_has_cuda", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        monkeypatch.setattr(wrapper.Capture, "current", staticmethod(lambda: self))
+        monkeypatch.setattr(wrapper, "may_write", lambda nodes, _: bool(self.touching & set(nodes)))
+
+    def nodes(self) -> frozenset[int]:
+        return frozenset(range(self.count))
+
+    def add(self, touches_lengths: bool) -> None:
+        if touches_lengths:
+            self.touching.add(self.count)
+        self.count += 1
+
+
+@pytest.mark.parametrize("policy", ["fa3", "balanced"])
+def test_kinds_of_layers_share_in_a_capture_in_inference_mode(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Full and window layers in turns, as in gpt-oss: a layer of one kind reads the lengths of the other's, too."""
+    graph, forward = Graph(monkeypatch), recording_forward()
+
+    @functools.wraps(forward)
+    def captured(*args: Any, **kwargs: Any) -> Any:
+        graph.add(touches_lengths=True)  # a layer has their address among its arguments
+        return forward(*args, **kwargs)
+
+    wrapped, lengths = wrap_forward(captured, BUILD, policy), LENGTHS.clone()
+    with torch.inference_mode():
+        for _ in range(3):
+            wrapped(**layer(cache_seqlens=lengths))
+            graph.add(touches_lengths=False)  # a matrix product
+            wrapped(**layer(cache_seqlens=lengths, window_size=(127, 0)))
+            wrapped(**layer(cache_seqlens=lengths, score_mod=abs))  # passed through: it reads them as well
+        made = made_in(forward)
+        for kind in (made[::3], made[1::3]):
+            assert kind[0] is not None
+            assert all(one is kind[0] for one in kind)
+        lengths.add_(1000)
+        graph.add(touches_lengths=True)
+        wrapped(**layer(cache_seqlens=lengths))
+        wrapped(**layer(cache_seqlens=lengths, window_size=(127, 0)))
+        after = made_in(forward)[-2:]
+        assert after[0] is not made[0]
+        assert after[1] is not made[1]
+        wrapped(**layer(cache_seqlens=lengths))
+        assert made_in(forward)[-1] is after[0]
+    call = asked(policy, cache_seqlens=lengths)
+    assert torch.equal(after[0], fa3_metadata.get_scheduler_metadata(**call))
+
+
+def test_a_capture_that_shows_no_nodes_shares_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, forward = Graph(monkeypatch), recording_forward()
+    monkeypatch.setattr(graph, "nodes", lambda: None)
+    wrapped = wrap_forward(forward, BUILD)
+    with torch.inference_mode():
+        for _ in range(2):
+            wrapped(**layer())
+    first, second = made_in(forward)
+    assert first is not None
+    assert second is not first
