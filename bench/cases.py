@@ -87,8 +87,7 @@ def random_case(rng: random.Random, build: str, num_sms: int = 132, arch: int = 
         "pack_gqa": pick([None, None, None, True, False]),
         "sm_margin": min(pick([0, 0, 0, 2, 4, 8, 16, 100, num_sms]), num_sms - 1),
     }
-    if "num_splits" in rules_for(build).forward_lacks:
-        args["num_splits"] = 0
+    args["num_splits"] = bound_told(build, args["num_splits"])
     if rules_for(build).has_attention_chunk and rng.random() < 0.06:
         args["attention_chunk"] = pick([1, 128, 1000, 8192])
     kind = rng.random()
@@ -123,8 +122,7 @@ def boundary_case(rng: random.Random, build: str, num_sms: int = 132, largest_ba
         "num_splits": rng.choice([8, 32, 128, 256]),
         "sm_margin": rng.choice([0, 0, 0, 4, 8, 16, num_sms - rng.randint(1, num_sms)]),
     }
-    if "num_splits" in rules_for(build).forward_lacks:
-        args["num_splits"] = 0
+    args["num_splits"] = bound_told(build, args["num_splits"])
     plan = Case(build, args, num_sms=num_sms).plan()
     m_blocks = -(-plan.q_heads_per_row // plan.block_m)
     per_block = plan.num_heads * m_blocks * 11
@@ -138,6 +136,11 @@ def boundary_case(rng: random.Random, build: str, num_sms: int = 132, largest_ba
     blocks[rng.randrange(batch)] += max(total, 0)
     args["cache_seqlens"] = [n * plan.block_n - rng.randrange(plan.block_n) if n else 0 for n in blocks]
     return Case(build, args, num_sms=num_sms)
+
+
+def bound_told(build: str, num_splits: int) -> int:
+    """`num_splits`, or 0 for a build whose forward cannot be told."""
+    return 0 if "num_splits" in rules_for(build).forward_lacks else num_splits
 
 
 def crowded_case(rng: random.Random, build: str, num_sms: int = 132, largest_batch: int = 992) -> Case:

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 
 from .arguments import LengthTensors, dtype_name
-from .triton_kernels.builds import FA3Rules
 from .triton_kernels.problem import Problem
 
 # Arguments of published forwards that the schedule does not depend on.
@@ -109,10 +108,10 @@ class ForwardCall(NamedTuple):
             leftpad_k=self.leftpad_k,
         )
 
-    def problem(self, arch: int, num_sms: int, rules: FA3Rules | None) -> Problem:
+    def problem(self, arch: int, num_sms: int, counts_queries: bool) -> Problem:
         """What the forward's own metadata stage is asked; remembered, since layers ask the same every step.
 
-        `rules` are the build's where its bound on splits is to be found, which may count the queries; else None.
+        `counts_queries`: the number of ragged queries matters, to a build whose bound on splits depends on the batch.
 
         Raises `TypeError` or `ValueError` for what FA3 does not support.
         """
@@ -124,15 +123,15 @@ class ForwardCall(NamedTuple):
             self.max_seqlen_q, self.max_seqlen_k, None if new is None else new.shape,
             self.cu_seqlens_k_new is None, self.leftpad_k is None, self.seqused_q is None, self.causal, window,
             self.attention_chunk, self.softcap > 0, self.num_splits, self.pack_gqa, self.sm_margin, arch, num_sms,
-            rules,
+            counts_queries,
         )  # fmt: skip
         if (found := _problems.get(key)) is None:
             if len(_problems) >= _MOST_PROBLEMS:
                 _problems.clear()
-            found = _problems[key] = self._make_problem(window, arch, num_sms, rules)
+            found = _problems[key] = self._make_problem(window, arch, num_sms, counts_queries)
         return found
 
-    def _make_problem(self, window: tuple[int, ...], arch: int, num_sms: int, rules: FA3Rules | None) -> Problem:
+    def _make_problem(self, window: tuple[int, ...], arch: int, num_sms: int, counts_queries: bool) -> Problem:
         ragged = self.cu_seqlens_q is not None
         return Problem(
             batch_size=self.batch_size,
@@ -157,7 +156,7 @@ class ForwardCall(NamedTuple):
             sm_margin=self.sm_margin,
             arch=arch,
             num_sms=num_sms,
-            total_q=self.q.shape[0] if ragged and rules is not None and rules.bound_depends_on_batch else None,
+            total_q=self.q.shape[0] if ragged and counts_queries else None,
         )
 
     def _max_seqlen_k(self) -> int:

@@ -224,7 +224,7 @@ class MetadataPlan:
         if reason := call.unsupported_reason():
             raise ValueError(f"the forward must be one that the metadata is made for, got a call with {reason}")
         resolved = self.resolved(self._group.batch_size)
-        asked = call.problem(self.problem.arch, self.problem.num_sms, None)
+        asked = call.problem(self.problem.arch, self.problem.num_sms, counts_queries=False)
         if metadata.device != call.device:
             raise ValueError(f"q must be on {metadata.device} like the plan, got {call.device}")
         lengths = call.lengths()
@@ -241,10 +241,8 @@ class MetadataPlan:
         if ragged != ("cu_seqlens_k_new" in self.varying):
             wanted = "a tensor" if "cu_seqlens_k_new" in self.varying else "None"
             raise ValueError(f"cu_seqlens_k_new must be {wanted}, which the metadata was made for")
-        if (
-            ragged and made.max_seqlen_k_new
-        ):  # then their number is in the tensor, and that there are any is what counts
-            made = replace(made, max_seqlen_k_new=1)
+        if ragged and made.max_seqlen_k_new:
+            made = replace(made, max_seqlen_k_new=1)  # as ForwardCall says it: that there are any is what counts
         for field in fields(Problem):
             wanted, got = getattr(made, field.name), getattr(asked, field.name)
             if field.name in _NOT_COMPARED:

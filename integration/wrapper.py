@@ -221,7 +221,8 @@ def _find_or_make(
         raise NotImplementedError(reason)
     if capture is None and chosen.policy == "fa3" and not (scope.lengths_stay or _counts_writes()):
         raise NotImplementedError("in inference mode torch does not count writes: step(lengths_stay=True) shares")
-    problem = chosen.of(asked.problem(*device_facts(asked.device, None, None), rules), asked.device, told)
+    problem = asked.problem(*device_facts(asked.device, None, None), rules.bound_depends_on_batch)
+    problem = chosen.of(problem, asked.device, told)
     tensors = asked.lengths()
     inputs = tuple(tensor for tensor in tensors.pointers() if tensor is not None)
     identity = tuple((t.data_ptr(), t.dtype, t.shape, t.stride(), _version(t)) for t in inputs)

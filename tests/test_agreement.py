@@ -13,6 +13,8 @@ from fa3_metadata.triton_kernels.builds import RELEASES, rules_for
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from bench.cases import bound_told
+
 from .cases import POISON, Case, boundary_case, crowded_case, random_case
 
 BUILDS = tuple(f"{release.package}-{release.newest}" for release in RELEASES)
@@ -75,11 +77,9 @@ def test_absurd_lengths_stay_within_the_tensor(build: str, policy: str, device: 
         call: dict[str, Any] = {
             "batch_size": batch, "max_seqlen_q": rng.choice([1, 4]), "max_seqlen_k": rng.choice([9000, 9000, 2**24]),
             "num_heads": 8, "num_heads_k": rng.choice([1, 8]), "headdim": 128, "page_size": 64, "causal": i % 3 > 0,
-            "window_size": rng.choice([(-1, -1), (-1, -1), (1000, 0)]), "num_splits": rng.choice([0, 8, 256]),
-            "build": build, "policy": policy,
+            "window_size": rng.choice([(-1, -1), (-1, -1), (1000, 0)]), "build": build, "policy": policy,
+            "num_splits": bound_told(build, rng.choice([0, 8, 256])),
         }  # fmt: skip
-        if "num_splits" in rules_for(build).forward_lacks:
-            call["num_splits"] = 0
         call["cache_seqlens"] = torch.tensor(lengths, device=device, dtype=rng.choice([torch.int32, torch.int64]))
         if rng.random() < 0.3:
             queries = [rng.choice(ABSURD) if rng.random() < 0.2 else rng.randint(0, 4) for _ in range(batch)]
@@ -106,9 +106,8 @@ def test_on_every_edge_of_the_batch_size(build: str, batch: int, device: torch.d
     lengths = [rng.choice([0, 1, 127, 128, 129, 5000, 70000]) for _ in range(batch)]
     args = {"batch_size": batch, "max_seqlen_q": 1, "max_seqlen_k": 70000, "num_heads": 7, "num_heads_k": 1}
     for causal in (False, True):
-        more = {"headdim": 128, "cache_seqlens": lengths, "page_size": 64, "causal": causal, "num_splits": 32}
-        if "num_splits" in rules_for(build).forward_lacks:
-            more["num_splits"] = 0
+        more = {"headdim": 128, "cache_seqlens": lengths, "page_size": 64, "causal": causal}
+        more["num_splits"] = bound_told(build, 32)
         agree(Case(build, args | more), device)
 
 

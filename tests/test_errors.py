@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, NoReturn
 
 import fa3_metadata
 import pytest
 import torch
-from fa3_metadata import known_calls
+from fa3_metadata import known_calls, native
+from fa3_metadata.arguments import LengthTensors
+from fa3_metadata.triton_kernels.problem import Problem
 
 GOOD = {"batch_size": 4, "max_seqlen_q": 1, "max_seqlen_k": 4096, "num_heads": 8, "num_heads_k": 1, "headdim": 128}
 INTS = torch.tensor([5, 100, 4096, 0], dtype=torch.int32)
@@ -122,3 +126,20 @@ def test_unpack_refuses_another_tensor(tensor: Any, error: type[Exception], mess
     layout = fa3_metadata.metadata_layout(**GOOD, build="sglang-kernel-0.4.2")
     with pytest.raises(error, match=message):
         fa3_metadata.unpack_metadata(tensor, layout)
+
+
+def test_the_wheels_own_op_knows_no_total_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would answer for batch_size * max_seqlen_q queries, and the forward have room for another number of splits."""
+
+    def op(_: str) -> NoReturn:
+        raise NotImplementedError
+
+    monkeypatch.setattr(native, "native_op", op)
+    monkeypatch.setattr(native, "device_facts", lambda *_: (90, 132))
+    lengths = LengthTensors(SimpleNamespace(device=torch.device("cuda", 0)))  # type: ignore[arg-type]
+    problem = Problem(4, 8, 8192, 8, 1, 128, has_cu_seqlens_q=True, total_q=11)
+    with pytest.raises(RuntimeError, match="leave total_q out, got 11"):
+        native.native_metadata("sglang-kernel-0.4.5", problem, lengths)
+    for same in (replace(problem, total_q=32), replace(problem, total_q=None)):
+        with pytest.raises(NotImplementedError):
+            native.native_metadata("sglang-kernel-0.4.5", same, lengths)

@@ -77,7 +77,7 @@ class Layer:
     def layout(self) -> Any:
         """What `wrap_forward` should have come to, from the call itself."""
         asked, device, rules = ForwardCall.read(self.theirs), self.call["q"].device, rules_for(str(WHEEL))
-        problem = asked.problem(*device_facts(device, None, None), rules)
+        problem = asked.problem(*device_facts(device, None, None), rules.bound_depends_on_batch)
         return resolve(unchecked_replace(problem, **self.options, gpu=gpu_name(device)), rules).plan.layout
 
     def check_bound(self) -> None:

@@ -347,3 +347,20 @@ def test_lengths_may_not_lie_in_the_plans_own_buffer() -> None:
     made = plan(build=BUILD, max_batch_size=8)
     with pytest.raises(ValueError, match="cache_seqlens must not lie in the plan's own buffer"):
         made.update(made.update(LENGTHS)[:2])
+
+
+@pytest.mark.parametrize("shape", [{}, {"headdim": 96, "num_heads": 32, "num_heads_k": 16}, {"max_seqlen_q": 4}])
+@pytest.mark.parametrize("build", ["sglang-kernel-0.4.2", "sglang-kernel-0.4.10"])
+def test_warm_up_reaches_every_kernel(build: str, shape: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the batch decides on the splits, two batches of one launch shape may run kernels that differ."""
+    made = plan(build=build, **shape)
+    monkeypatch.setattr(launch, "INTERPRETED", False)  # the launch shapes of a GPU
+
+    def kernel(batch_size: int) -> tuple[Any, ...]:
+        resolved = made.resolved(batch_size).plan
+        return launch.layout_constants(resolved), launch.launch_shape_of([resolved], batch_size, made.problem.gpu)
+
+    warmed = []
+    monkeypatch.setattr(made._group, "update", lambda cache_seqlens, **_: warmed.append(cache_seqlens.shape[0]))
+    made.warm_up()
+    assert {kernel(batch_size) for batch_size in range(1, 1101)} <= {kernel(batch_size) for batch_size in warmed}

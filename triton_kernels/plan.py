@@ -316,7 +316,7 @@ def _tiles_counted(p: Problem, rules: FA3Rules, block_m: int, batch_size: int) -
     """Query blocks of all KV heads that FA3's bound on splits counts in a batch of this size."""
     tokens, sequences = p.max_seqlen_q, 1
     if rules.bound_depends_on_batch:
-        tokens = p.total_q or batch_size * p.max_seqlen_q  # to FA3 a total of 0 is none
+        tokens = p.query_tokens_in(batch_size)
     elif batch_size > rules.most_split_by_metadata:
         sequences = batch_size
     return _int32(sequences * p.num_heads_k * _num_blocks(_int32(tokens * p.q_heads_per_kv_head), block_m))

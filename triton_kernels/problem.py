@@ -127,8 +127,12 @@ class Problem:
 
     @property
     def query_tokens(self) -> int:
-        """Query tokens of the whole batch. To FA3 a total of 0 is none."""
-        return self.total_q or self.batch_size * self.max_seqlen_q
+        """Query tokens of the whole batch."""
+        return self.query_tokens_in(self.batch_size)
+
+    def query_tokens_in(self, batch_size: int) -> int:
+        """The same for another batch size. To FA3 a total of 0 is none."""
+        return self.total_q or batch_size * self.max_seqlen_q
 
     @property
     def element_size(self) -> int:
