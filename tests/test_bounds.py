@@ -251,13 +251,16 @@ def test_a_balanced_plan_beyond_what_the_metadata_splits(build: str) -> None:
     plan = fa3_metadata.MetadataPlan(
         max_batch_size=1100, max_seqlen_k=131072, device="cpu", build=build, policy="balanced", **shape
     )
+    served = set()
     for batch_size in (992, 1, 1100, 993, 40):
         plan.update(torch.full((batch_size,), 5000))
         alone = make_plan(Problem(batch_size, 1, 131072, **shape), rules_for(build))
         if batch_size > MAX_DYNAMIC_SPLIT_BATCH:
             assert plan.num_splits == alone.layout.num_splits <= 1
         else:
-            assert plan.num_splits > 1
+            served.add(plan.num_splits)
+    assert len(served) == 1, "one bound for every batch that the policy serves"
+    assert served.pop() > 1
 
 
 def test_a_bound_of_one_that_is_ours_is_told() -> None:
