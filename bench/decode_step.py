@@ -40,7 +40,7 @@ from typing import Any
 import fa3_metadata
 import torch
 from fa3_metadata import MetadataPlan, MetadataPlans
-from fa3_metadata.providers import load_forward, provider_of
+from fa3_metadata.installed import load_forward, provider_of
 from fa3_metadata.triton_kernels.layout import padded
 
 from .decode_models import ATTENTION, SPAN, WHOLE, Attention, Model, Whole

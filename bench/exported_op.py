@@ -17,7 +17,7 @@ from importlib import import_module
 from importlib.machinery import EXTENSION_SUFFIXES
 
 import torch
-from fa3_metadata.providers import provider_of
+from fa3_metadata.installed import provider_of
 from torch.utils.cpp_extension import include_paths, library_paths
 
 # Name of the op here -> what the function is called in the extension: up to sgl-kernel 0.3.16, and since.

@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
 
     function = fa3_metadata.get_scheduler_metadata
     if argv == ["native"]:
-        from fa3_metadata.providers import provider_of
+        from fa3_metadata.installed import provider_of
 
         function = import_module(provider_of(fa3_metadata.detect_build().build).module).get_scheduler_metadata
     lengths = torch.randint(1, 65536, (BATCH,), dtype=torch.int32, device="cuda")  # makes the CUDA context

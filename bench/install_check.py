@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import fa3_metadata
 import torch
-from fa3_metadata.detect import installed_version
+from fa3_metadata.installed import installed_version
 
 from .newer_torch import avoid_misread_tensors
 

@@ -17,8 +17,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from fa3_metadata.detect import installed_version
-from fa3_metadata.providers import PROVIDERS
+from fa3_metadata.installed import PROVIDERS, installed_version
 from fa3_metadata.triton_kernels.builds import version_key
 
 LAST_FOR_OLDER_TORCH = {"sgl-kernel": "0.3.21", "vllm": "0.16.0"}  # the last version built for torch 2.9

@@ -12,8 +12,7 @@ from typing import Any
 import fa3_metadata
 import torch
 from fa3_metadata import MetadataLayout, MetadataPlan
-from fa3_metadata.native import native_op
-from fa3_metadata.providers import provider_of
+from fa3_metadata.installed import native_op, provider_of
 from fa3_metadata.triton_kernels.builds import package_of, rules_for
 from fa3_metadata.triton_kernels.layout import padded
 

@@ -27,8 +27,7 @@ from typing import Any
 import torch
 from fa3_metadata.api import plan_call
 from fa3_metadata.arguments import device_facts
-from fa3_metadata.detect import installed_version
-from fa3_metadata.native import MissingOpError, native_op, op_arguments
+from fa3_metadata.installed import MissingOpError, installed_version, native_op, op_arguments
 from fa3_metadata.triton_kernels.builds import package_of
 
 from .cases import Case, boundary_case, crowded_case, random_case

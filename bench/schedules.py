@@ -33,7 +33,7 @@ import fa3_metadata
 import numpy as np
 import torch
 from fa3_metadata.api import plan_call
-from fa3_metadata.providers import load_forward
+from fa3_metadata.installed import load_forward
 from fa3_metadata.triton_kernels.plan import make_plan
 from fa3_metadata.triton_kernels.reference import Lengths, blocks_read, metadata_of_splits, sequence_blocks
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as multiprocessing
 from fa3_metadata import MetadataPlan, MetadataPlans, detect_build
-from fa3_metadata.providers import load_forward
+from fa3_metadata.installed import load_forward
 
 from .newer_torch import avoid_misread_tensors
 

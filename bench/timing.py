@@ -24,7 +24,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from fa3_metadata.detect import SEARCH_ORDER, installed_version
+from fa3_metadata.installed import SEARCH_ORDER, installed_version
 
 Times = list[float]
 Launch = Callable[[], object]

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from . import ops as _ops  # noqa: F401 (registers the torch operators)
 from .api import get_scheduler_metadata, metadata_layout, unpack_metadata
-from .detect import DetectedBuild, detect_build
 from .install import install, uninstall
+from .installed import DetectedBuild, detect_build
 from .layer_groups import MetadataPlans
 from .layer_plan import MetadataPlan
 from .triton_kernels.layout import MetadataLayout
@@ -42,7 +42,7 @@ def __getattr__(name: str) -> Any:
     """`flash_attn_with_kvcache`: the installed build's forward, wrapped, on first use."""
     if name != "flash_attn_with_kvcache":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .providers import load_forward
+    from .installed import load_forward
 
     build = detect_build().build
     forward = load_forward(build)  # `install` may have wrapped it, with a policy of its own

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from functools import lru_cache
 from typing import Any
 
 import torch
 
 from .arguments import LengthTensors, make_problem, output_tensor
-from .detect import detect_build
+from .installed import native_metadata, resolve_build
 from .known_calls import STATIC, KnownCalls, keep_calls, known_calls
-from .native import native_metadata
-from .triton_kernels.builds import FA3Rules, rules_for
+from .triton_kernels.builds import FA3Rules
 from .triton_kernels.layout import MetadataLayout
 from .triton_kernels.plan import LaunchPlan, make_plan
 from .triton_kernels.problem import DEFAULT_PARTIAL_BYTES, POLICIES, Problem, checked_choice
@@ -258,15 +256,6 @@ def unpack_metadata(tensor: torch.Tensor, layout: MetadataLayout) -> dict[str, t
     if tensor.shape != (layout.size,):
         raise ValueError(f"tensor must have shape ({layout.size},) for this layout, got {tuple(tensor.shape)}")
     return {name: tensor[row] for name, row in layout.rows.items()}
-
-
-def resolve_build(build: str | None) -> tuple[str, FA3Rules]:
-    """(name, rules) of a build; None means the detected one."""
-    name = detect_build().build if build is None else build
-    return name, _rules_for(name)
-
-
-_rules_for = lru_cache(maxsize=64)(rules_for)
 
 
 _PRESENCE = ("has_cu_seqlens_q", "has_seqused_q", "has_leftpad_k")

@@ -13,8 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from .api import get_scheduler_metadata
-from .detect import detect_build
-from .providers import provider_of
+from .installed import detect_build, provider_of
 from .triton_kernels.builds import package_of, rules_for
 from .triton_kernels.problem import DEFAULT_PARTIAL_BYTES
 from .wrapper import SchedulePolicy, wrapping_of

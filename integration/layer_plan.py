@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from .api import resolve_build
 from .arguments import make_problem
 from .calls import ForwardCall
+from .installed import resolve_build
 from .layer_groups import MetadataPlans
 from .resolved import ResolvedCall, resolve
 from .triton_kernels.builds import MAX_DYNAMIC_SPLIT_BATCH

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from .api import resolve_build
 from .arguments import device_facts, gpu_name
 from .calls import ForwardCall
 from .captured_writes import Capture, may_write
+from .installed import resolve_build
 from .resolved import resolve
 from .triton_kernels.builds import FA3Rules
 from .triton_kernels.plan import LaunchPlan

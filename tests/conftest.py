@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from fa3_metadata.detect import SEARCH_ORDER, installed_version
+from fa3_metadata.installed import SEARCH_ORDER, installed_version
 
 from bench.newer_torch import avoid_misread_tensors
 

@@ -11,7 +11,7 @@ from typing import Any
 import fa3_metadata
 import pytest
 import torch
-from fa3_metadata import detect
+from fa3_metadata import installed as fa3_installed
 from fa3_metadata.triton_kernels import builds
 
 GOOD = {"batch_size": 6, "max_seqlen_q": 1, "max_seqlen_k": 9000, "num_heads": 8, "num_heads_k": 1, "headdim": 128}
@@ -120,18 +120,18 @@ def test_cu_seqlens_k_is_accepted_and_ignored() -> None:
     ],
 )
 def test_detection(installed: dict[str, str], build: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(detect.BUILD_VARIABLE, raising=False)
-    monkeypatch.setattr(detect, "installed_version", installed.get)
-    detect._search.cache_clear()
+    monkeypatch.delenv(fa3_installed.BUILD_VARIABLE, raising=False)
+    monkeypatch.setattr(fa3_installed, "installed_version", installed.get)
+    fa3_installed._search.cache_clear()
     found = fa3_metadata.detect_build()
-    detect._search.cache_clear()
+    fa3_installed._search.cache_clear()
     assert found.build == build
     assert all(name in found.reason for name in installed)
     builds.rules_for(build)
 
 
 def test_environment_overrides_detection(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(detect.BUILD_VARIABLE, "vllm-0.33.0")
+    monkeypatch.setenv(fa3_installed.BUILD_VARIABLE, "vllm-0.33.0")
     assert fa3_metadata.detect_build().build == "vllm-0.33.0"
     assert fa3_metadata.metadata_layout(**GOOD, num_splits=1).row_names == ("packed_seqlen_q",)
 

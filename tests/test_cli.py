@@ -7,8 +7,8 @@ import pathlib
 
 import pytest
 import torch
-from fa3_metadata import cli, demo
-from fa3_metadata.models import MODELS
+from fa3_metadata.tools import cli, demo
+from fa3_metadata.tools.models import MODELS
 from fa3_metadata.triton_kernels.balance import constants_of
 from fa3_metadata.triton_kernels.problem import DEFAULT_GPU
 

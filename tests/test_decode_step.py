@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from fa3_metadata.models import MODELS
+from fa3_metadata.tools.models import MODELS
 from torch.overrides import TorchFunctionMode
 
 from bench import decode_step

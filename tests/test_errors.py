@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import fa3_metadata
 import pytest
 import torch
-from fa3_metadata import known_calls, native
+from fa3_metadata import installed, known_calls
 from fa3_metadata.arguments import LengthTensors
 from fa3_metadata.triton_kernels.problem import Problem
 
@@ -134,12 +134,12 @@ def test_the_wheels_own_op_knows_no_total_of_queries(monkeypatch: pytest.MonkeyP
     def op(_: str) -> NoReturn:
         raise NotImplementedError
 
-    monkeypatch.setattr(native, "native_op", op)
-    monkeypatch.setattr(native, "device_facts", lambda *_: (90, 132))
+    monkeypatch.setattr(installed, "native_op", op)
+    monkeypatch.setattr(installed, "device_facts", lambda *_: (90, 132))
     lengths = LengthTensors(SimpleNamespace(device=torch.device("cuda", 0)))  # type: ignore[arg-type]
     problem = Problem(4, 8, 8192, 8, 1, 128, has_cu_seqlens_q=True, total_q=11)
     with pytest.raises(RuntimeError, match="leave total_q out, got 11"):
-        native.native_metadata("sglang-kernel-0.4.5", problem, lengths)
+        installed.native_metadata("sglang-kernel-0.4.5", problem, lengths)
     for same in (replace(problem, total_q=32), replace(problem, total_q=None)):
         with pytest.raises(NotImplementedError):
-            native.native_metadata("sglang-kernel-0.4.5", same, lengths)
+            installed.native_metadata("sglang-kernel-0.4.5", same, lengths)

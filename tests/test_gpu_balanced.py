@@ -14,7 +14,7 @@ from fa3_metadata import MetadataPlan, MetadataPlans, step, wrap_forward
 from fa3_metadata.api import plan_call
 from fa3_metadata.arguments import device_facts, gpu_name
 from fa3_metadata.calls import ForwardCall
-from fa3_metadata.providers import load_forward
+from fa3_metadata.installed import load_forward
 from fa3_metadata.resolved import resolve
 from fa3_metadata.triton_kernels.builds import rules_for
 from fa3_metadata.triton_kernels.problem import unchecked_replace

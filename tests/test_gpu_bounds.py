@@ -14,7 +14,7 @@ import pytest
 import torch
 from fa3_metadata import MetadataPlan, MetadataPlans, step, wrap_forward
 from fa3_metadata.engines.sglang import attach
-from fa3_metadata.providers import load_forward, provider_of
+from fa3_metadata.installed import load_forward, provider_of
 from fa3_metadata.triton_kernels.builds import rules_for
 
 from .sglang_stand_in import DIM, HEADS, KV_HEADS, PAGE, Batch, Sglang

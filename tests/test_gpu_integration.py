@@ -16,7 +16,7 @@ import pytest
 import torch
 from fa3_metadata import MetadataPlan, MetadataPlans, step, wrap_forward
 from fa3_metadata.engines import vllm as adapter
-from fa3_metadata.providers import load_forward
+from fa3_metadata.installed import load_forward
 from fa3_metadata.triton_kernels.builds import rules_for, version_key
 from fa3_metadata.triton_kernels.problem import POLICIES
 

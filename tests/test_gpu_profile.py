@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from fa3_metadata import MetadataPlan, MetadataPlans
-from fa3_metadata.providers import load_forward
+from fa3_metadata.installed import load_forward
 
 from .test_gpu_integration import PLAN, for_vllm, layer
 from .test_gpu_wheels import PACKAGE, WHEEL, needs_paged_and_local, needs_wheel

@@ -12,10 +12,8 @@ from collections.abc import Callable
 import fa3_metadata
 import pytest
 import torch
-from fa3_metadata.decode_batch import DecodeBatch, attend, make_decode_batch
-from fa3_metadata.detect import BUILD_VARIABLE, SEARCH_ORDER, installed_version
-from fa3_metadata.native import native_op
-from fa3_metadata.providers import load_forward
+from fa3_metadata.installed import BUILD_VARIABLE, SEARCH_ORDER, installed_version, load_forward, native_op
+from fa3_metadata.tools.decode_batch import DecodeBatch, attend, make_decode_batch
 from fa3_metadata.triton_kernels.builds import package_of
 
 from .cases import POISON, Case, boundary_case, crowded_case, random_case

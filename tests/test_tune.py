@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from fa3_metadata import balance_fit, cli, tune
 from fa3_metadata.api import plan_call
 from fa3_metadata.arguments import gpu_name
-from fa3_metadata.balance_fit import ATTENTIONS, Attention, Batch
-from fa3_metadata.detect import installed_version
+from fa3_metadata.installed import installed_version
 from fa3_metadata.resolved import load_launch
+from fa3_metadata.tools import balance_fit, cli, tune
+from fa3_metadata.tools.balance_fit import ATTENTIONS, Attention, Batch
 from fa3_metadata.triton_kernels import balance, shapes, tables
 from fa3_metadata.triton_kernels.problem import DEFAULT_GPU
 from fa3_metadata.triton_kernels.reference import Lengths, reference_metadata
@@ -338,7 +338,7 @@ def test_a_launch_is_timed() -> None:
 def test_a_layer_is_timed() -> None:
     if not installed_version("sglang-kernel"):
         pytest.skip("sglang-kernel is not installed")
-    from fa3_metadata.layer_timer import LayerTimer
+    from fa3_metadata.tools.layer_timer import LayerTimer
 
     timer = LayerTimer(f"sglang-kernel-{installed_version('sglang-kernel')}", rounds=5)
     short, long = timer(ATTENTIONS[0], [Batch(1, 16), Batch(1, 64)])

@@ -12,8 +12,8 @@ from typing import Any
 import fa3_metadata
 import pytest
 import torch
-from fa3_metadata.detect import BUILD_VARIABLE
 from fa3_metadata.engines import vllm as adapter
+from fa3_metadata.installed import BUILD_VARIABLE
 
 from .vllm_stand_in import BUILD, DECODE, MLA, check, expected, gqa_builder, make_batch, mla_builder, stand_in
 

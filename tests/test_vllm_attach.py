@@ -11,8 +11,8 @@ from importlib import import_module
 from typing import Any
 
 import pytest
-from fa3_metadata.detect import BUILD_VARIABLE
 from fa3_metadata.engines import vllm as adapter
+from fa3_metadata.installed import BUILD_VARIABLE
 
 from .vllm_stand_in import BUILD, DECODE, MLA, check, expected, gqa_builder, make_batch, mla_builder, stand_in
 

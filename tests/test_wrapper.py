@@ -12,7 +12,7 @@ import fa3_metadata
 import pytest
 import torch
 from fa3_metadata import install as install_module
-from fa3_metadata import providers, step, wrap_forward
+from fa3_metadata import installed, step, wrap_forward
 
 BUILD = "sglang-kernel-0.4.2"
 
@@ -321,7 +321,7 @@ def test_the_installed_forward_is_wrapped_on_first_use(sgl_kernel: ModuleType, m
 def test_every_package_has_a_provider() -> None:
     from fa3_metadata.triton_kernels.builds import PACKAGES
 
-    assert set(providers.PROVIDERS) == set(PACKAGES)
+    assert set(installed.PROVIDERS) == set(PACKAGES)
     assert install_module is fa3_metadata.install
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import fa3_metadata
 import pytest
 import torch
-from fa3_metadata.detect import BUILD_VARIABLE
 from fa3_metadata.engines import vllm as adapter
+from fa3_metadata.installed import BUILD_VARIABLE
 
 BUILD = "vllm-0.33.0"
 # Of each file, what the adapter has to do with. Where vLLM computes its own metadata, the stand-in answers -1.

@@ -22,9 +22,10 @@ from typing import Any
 
 import torch
 
-from ..api import get_scheduler_metadata, resolve_build
+from ..api import get_scheduler_metadata
 from ..arguments import device_facts
 from ..install import DISABLE_VARIABLE, is_disabled
+from ..installed import resolve_build
 from ..triton_kernels.problem import POLICIES, checked_choice
 from ..wrapper import wrap_forward
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from .. import api
-from ..detect import BUILD_VARIABLE, installed_version
+from ..installed import BUILD_VARIABLE, installed_version
 from ..triton_kernels.builds import rules_for
 from ..triton_kernels.problem import MAX_HEADDIM, POLICIES, checked_choice
 from .source_facts import broken_facts, installed_source

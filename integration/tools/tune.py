@@ -19,16 +19,16 @@ from typing import Any
 
 import torch
 
-from .api import plan_call
-from .arguments import device_facts, gpu_name
+from ..api import plan_call
+from ..arguments import device_facts, gpu_name
+from ..installed import detect_build, installed_version
+from ..resolved import load_launch
+from ..triton_kernels.balance import check_constants
+from ..triton_kernels.builds import DEFAULT_BUILD, package_of
+from ..triton_kernels.problem import DEFAULT_GPU
+from ..triton_kernels.shapes import GROUPS, MANY, Shapes, shapes_of, shipped_shapes
+from ..triton_kernels.tables import cache_file, write_table
 from .balance_fit import fit_table
-from .detect import detect_build, installed_version
-from .resolved import load_launch
-from .triton_kernels.balance import check_constants
-from .triton_kernels.builds import DEFAULT_BUILD, package_of
-from .triton_kernels.problem import DEFAULT_GPU
-from .triton_kernels.shapes import GROUPS, MANY, Shapes, shapes_of, shipped_shapes
-from .triton_kernels.tables import cache_file, write_table
 
 Shape = tuple[int, int]  # SLICE, num_warps
 # The microseconds of launches of some shapes: batch size, whether for policy "balanced", shapes.
@@ -78,8 +78,8 @@ def _measured(*packages: str) -> dict[str, str]:
 def _balance_table(
     build: str | None, gpu: str, num_sms: int, device: torch.device, say: Callable[[str], None]
 ) -> dict[str, Any]:
+    from ..installed import load_forward
     from .layer_timer import LayerTimer
-    from .providers import load_forward
 
     build = build or detect_build().build
     try:

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from .api import plan_call
+from ..api import plan_call
+from ..triton_kernels.reference import Lengths, metadata_of_splits, sequence_blocks
 from .balance_fit import PAGE, Attention, Batch, call_arguments, kernel_of
 from .decode_batch import DecodeBatch, attend
-from .triton_kernels.reference import Lengths, metadata_of_splits, sequence_blocks
 
 _LAYERS = 12  # of a graph
 _POOL_BYTES = 300 << 20  # of KV that layers take turns in: well over any L2

@@ -11,12 +11,12 @@ from typing import Any, NoReturn
 
 import torch
 
-from .arguments import LengthTensors
+from ..arguments import LengthTensors
+from ..installed import detect_build
+from ..triton_kernels.problem import POLICIES
 from .demo import MismatchError, allow_interpreter, checks
-from .detect import detect_build
 from .models import MODELS
 from .report import Explanation, explain
-from .triton_kernels.problem import POLICIES
 from .tune import add_options as add_tune_options
 from .tune import run as run_tune
 

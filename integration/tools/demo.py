@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 
-from .api import get_scheduler_metadata, metadata_layout, plan_call, unpack_metadata
+from ..api import get_scheduler_metadata, metadata_layout, plan_call, unpack_metadata
+from ..installed import installed_version, native_metadata, native_op
+from ..triton_kernels.builds import package_of
 from .decode_batch import DecodeBatch, attend, kv_cache_bytes, make_decode_batch
-from .detect import installed_version
-from .native import native_metadata, native_op
 from .report import Explanation
-from .triton_kernels.builds import package_of
 
 _LAUNCHES, _REPLAYS = 20, 21
 _TOLERANCE = 0.02  # of a sequence's output, relative: other splits round otherwise in 16 bits

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from .arguments import dtype_name
-from .providers import load_forward
-from .triton_kernels.builds import package_of
+from ..arguments import dtype_name
+from ..installed import load_forward
+from ..triton_kernels.builds import package_of
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from .api import get_scheduler_metadata, plan_call, unpack_metadata
-from .resolved import host_lengths
-from .triton_kernels.balance import constants_of
-from .triton_kernels.builds import MAX_DYNAMIC_SPLIT_BATCH
-from .triton_kernels.plan import LaunchPlan
-from .triton_kernels.problem import Problem
-from .triton_kernels.reference import sequence_lengths
+from ..api import get_scheduler_metadata, plan_call, unpack_metadata
+from ..resolved import host_lengths
+from ..triton_kernels.balance import constants_of
+from ..triton_kernels.builds import MAX_DYNAMIC_SPLIT_BATCH
+from ..triton_kernels.plan import LaunchPlan
+from ..triton_kernels.problem import Problem
+from ..triton_kernels.reference import sequence_lengths
 
 _SHOWN = 12  # sequences printed from each end of a long batch
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from .api import plan_call
+from ..api import plan_call
 
 PAGE = 64  # tokens; no tile divides it, so that all kernels page in the same way
 _ALONE_BLOCKS = (16, 32, 48, 64)

@@ -1,19 +1,99 @@
-"""`backend="native"`: the installed build's own op."""
+"""Which FA3 is installed, and what it has: the build and its rules, its forward, its own op."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from importlib import import_module
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module, metadata
 from typing import Any
 
 import torch
 
 from .arguments import LengthTensors, device_facts
-from .detect import installed_version
-from .providers import provider_of
-from .triton_kernels.builds import FA3Rules, package_of, rules_for
+from .triton_kernels.builds import DEFAULT_BUILD, FA3Rules, package_of, rules_for
 from .triton_kernels.plan import make_plan
 from .triton_kernels.problem import Problem
+
+BUILD_VARIABLE = "FA3_METADATA_BUILD"
+SEARCH_ORDER = ("sglang-kernel", "sgl-kernel", "vllm", "flash-attn-3", "fa3-fwd")
+
+
+@dataclass(frozen=True)
+class DetectedBuild:
+    build: str  # such as "sglang-kernel-0.4.2"
+    reason: str
+
+
+def installed_version(package: str) -> str | None:
+    """Version of an installed distribution, or None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+@lru_cache(maxsize=1)
+def _search() -> DetectedBuild:
+    found = {package: version for package in SEARCH_ORDER if (version := installed_version(package))}
+    if not found:
+        return DetectedBuild(DEFAULT_BUILD, f"none of {', '.join(SEARCH_ORDER)} is installed; this is the default")
+    package, version = next(iter(found.items()))
+    others = f"; comes before {', '.join(list(found)[1:])}, also installed" if len(found) > 1 else ""
+    return DetectedBuild(f"{package}-{version}", f"{package} {version} is installed{others}")
+
+
+def detect_build() -> DetectedBuild:
+    """The build that `build=None` means, and why.
+
+    The environment variable FA3_METADATA_BUILD wins; then the first installed package of sglang-kernel,
+    sgl-kernel, vllm, flash-attn-3, fa3-fwd; with none of them, sglang-kernel-0.4.2. The packages are looked up once a
+    process. The answer is not checked here: an unsupported version raises where it is used.
+    """
+    if build := os.environ.get(BUILD_VARIABLE):
+        return DetectedBuild(build, f"the environment variable {BUILD_VARIABLE} says so")
+    return _search()
+
+
+def resolve_build(build: str | None) -> tuple[str, FA3Rules]:
+    """(name, rules) of a build; None means the detected one."""
+    name = detect_build().build if build is None else build
+    return name, _rules_for(name)
+
+
+_rules_for = lru_cache(maxsize=64)(rules_for)
+
+
+@dataclass(frozen=True)
+class Provider:
+    """Import names of one package."""
+
+    module: str  # holds the forward and, in builds that have it, get_scheduler_metadata
+    forward: str
+    op_module: str  # its import registers the ops
+    op_namespace: str  # torch.ops.<this>
+
+
+_SGL = Provider("sgl_kernel.flash_attn", "flash_attn_with_kvcache", "sgl_kernel.flash_attn", "sgl_kernel")
+PROVIDERS = {
+    "sglang-kernel": _SGL,
+    "sgl-kernel": _SGL,
+    "vllm": Provider("vllm.vllm_flash_attn", "flash_attn_varlen_func", "vllm.vllm_flash_attn", "_vllm_fa3_C"),
+    "flash-attn-3": Provider("flash_attn_interface", "flash_attn_with_kvcache", "flash_attn_3._C", "flash_attn_3"),
+    "fa3-fwd": Provider("fa3_fwd_interface", "flash_attn_with_kvcache", "fa3_fwd._C", "fa3_fwd"),
+}
+
+
+def provider_of(build: str) -> Provider:
+    """The provider of `build`'s package; `ValueError` for a package that is not known."""
+    return PROVIDERS[package_of(build)]
+
+
+def load_forward(build: str) -> Callable[..., Any]:
+    """The installed forward of `build`'s package. Raises `ImportError` where it does not load."""
+    provider = provider_of(build)
+    return getattr(import_module(provider.module), provider.forward)
 
 
 class MissingOpError(RuntimeError):

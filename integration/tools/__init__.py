@@ -1,0 +1,1 @@
+"""Commands and what they need; no engine imports anything of this folder."""
