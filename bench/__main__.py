@@ -9,14 +9,19 @@ COMMANDS = {
     "metadata": "the metadata stage alone, ours beside others: device and host time by batch size",
     "plot": "draw what `metadata` measured",
     "schedules": "one layer's attention by FA3's schedules, by ours and by the best",
+    "simulated": "the simulator of schedules against recorded times; no GPU needed",
     "decode-step": "a whole decode step of real models: FA3 per layer, SGLang's precompute, ours",
     "sglang-decode": "decode steps of a real SGLang: without metadata, with its own, with ours",
     "sglang-check": "a real SGLang's logits with and without our metadata, bit for bit",
+    "vllm-decode": "decode steps of a real vLLM: without metadata, with its own, with ours",
+    "vllm-check": "a real vLLM's logits with and without our metadata, bit for bit",
     "install-check": "what install() gives to an sgl-kernel that makes no metadata: every output compared, times",
     "wheel-rules": "our rules against published wheels themselves: tiles, splits, packing; no GPU needed",
+    "illustrate": "the pictures and numbers of docs, from the commands beside them; no GPU needed",
     "releases": "the table of supported builds, from what is recorded of each",
     "record": "what an installed wheel's own op makes of random calls, for tests/data",
     "stress": "random replays of captured steps, every output compared bitwise",
+    "mutate": "whether the tests notice one-line breaks of the code; no GPU needed",
 }
 
 

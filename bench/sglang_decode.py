@@ -21,17 +21,16 @@ from __future__ import annotations
 
 import argparse
 import csv
-import multiprocessing
-import os
 import pathlib
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from multiprocessing.connection import Connection
 from types import SimpleNamespace
 from typing import Any
 
+from .child import FailedError, answer, answers
 from .sglang_model import load, make_model, use, why_not
 from .timing import Captured, apart, gpu_facts, middle, spin, summary
 from .workloads import lognormal, uniform
@@ -66,10 +65,6 @@ CASES: dict[str, tuple[int, ...]] = {
 
 
 # ---- in a model's process --------------------------------------------------------------------------------------------
-
-
-class FailedError(Exception):
-    """A process ended, or logits are not what they must be."""
 
 
 class Engine:
@@ -231,21 +226,18 @@ def measure(engine: Engine, lengths: tuple[int, ...]) -> tuple[Times, float]:
     return times, error
 
 
-def serve(model: str, part: str, folder: pathlib.Path, parent: Connection) -> None:
-    """Send a case's name, times and error for each case whose name has `part` in it; then None, or why not."""
-    with (folder / "log").open("w") as log:
-        for standard in (1, 2):
-            os.dup2(log.fileno(), standard)
+def cases(model: str, part: str, folder: pathlib.Path) -> Iterator[tuple[str, Times, float]]:
+    """Name, times and error of each case whose name has `part` in it."""
     make_model(folder, MODELS[model])
-    try:
-        engine = Engine(folder, MODELS[model]["vocab_size"])
-        for case, lengths in CASES.items():
-            if part in case:
-                parent.send((case, *measure(engine, lengths)))
-        parent.send(None)
-    except FailedError as error:
-        parent.send(error)
-    os._exit(0)  # SGLang's own teardown waits for a server that is not there
+    engine = Engine(folder, MODELS[model]["vocab_size"])
+    for case, lengths in CASES.items():
+        if part in case:
+            yield (case, *measure(engine, lengths))
+
+
+def serve(model: str, part: str, folder: pathlib.Path, parent: Connection) -> None:
+    """Send what `cases` gives."""
+    answer(partial(cases, model, part, folder), folder, parent)
 
 
 # ---- the parent ------------------------------------------------------------------------------------------------------
@@ -253,24 +245,7 @@ def serve(model: str, part: str, folder: pathlib.Path, parent: Connection) -> No
 
 def measured(model: str, part: str, target: Any = serve) -> Iterator[tuple[str, Times, float]]:
     """Cases, times and errors from a model's process. Raises `FailedError`."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = pathlib.Path(name)
-        spawn = multiprocessing.get_context("spawn")  # no CUDA from here
-        ours, its = spawn.Pipe()
-        process = spawn.Process(target=target, args=(model, part, folder, its))
-        process.start()
-        its.close()  # so that its end is seen here
-        try:
-            while (got := ours.recv()) is not None:
-                if isinstance(got, FailedError):
-                    raise got
-                yield got
-        except (EOFError, OSError):
-            said = (folder / "log").read_text(errors="replace") if (folder / "log").exists() else ""
-            raise FailedError(f"its process ended. {said[-3000:]}") from None
-        finally:
-            process.terminate()
-            process.join()
+    return answers(target, model, part)
 
 
 HEADER = f"{'us a replay':26s}" + "".join(f"{name:>10s}" for name in VARIANTS)

@@ -7,11 +7,12 @@ out = flash_attn_with_kvcache(q, k_cache, v_cache, ..., scheduler_metadata=metad
 from typing import TYPE_CHECKING, Any
 
 from . import ops as _ops  # noqa: F401 (registers the torch operators)
+from . import trace
 from .api import get_scheduler_metadata, metadata_layout, unpack_metadata
 from .install import install, uninstall
 from .installed import DetectedBuild, detect_build
-from .layer_groups import MetadataPlans
-from .layer_plan import MetadataPlan
+from .plans import MetadataPlan, MetadataPlans
+from .status import status
 from .triton_kernels.layout import MetadataLayout
 from .wrapper import step, wrap_forward, wrapping_of
 
@@ -31,7 +32,9 @@ __all__ = [
     "get_scheduler_metadata",
     "install",
     "metadata_layout",
+    "status",
     "step",
+    "trace",
     "uninstall",
     "unpack_metadata",
     "wrap_forward",

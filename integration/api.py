@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Hashable
+from dataclasses import fields
 from typing import Any
 
 import torch
 
 from .arguments import LengthTensors, make_problem, output_tensor
 from .installed import native_metadata, resolve_build
-from .known_calls import STATIC, KnownCalls, keep_calls, known_calls
+from .schedules import Schedules, keep, place, schedules_of
 from .triton_kernels.builds import FA3Rules
 from .triton_kernels.layout import MetadataLayout
 from .triton_kernels.plan import LaunchPlan, make_plan
-from .triton_kernels.problem import DEFAULT_PARTIAL_BYTES, POLICIES, Problem, checked_choice
+from .triton_kernels.problem import DEFAULT_PARTIAL_BYTES, POLICIES, Problem, checked_choice, checked_int
 
 BACKENDS = ("auto", "triton", "reference", "native")
 
@@ -138,40 +140,51 @@ def get_scheduler_metadata(
     if type(total_q) is int and total_q >= 0 and not rules.bound_depends_on_batch:
         total_q = None  # of no account, and not worth another kind of call
     given = (cache_seqlens, cu_seqlens_q, cu_seqlens_k, cu_seqlens_k_new, seqused_q, leftpad_k)
-    sizes = (batch_size, max_seqlen_k)
     static = (  # in the order of STATIC
         max_seqlen_q, num_heads, num_heads_k, headdim, headdim_v, qkv_dtype, cu_seqlens_q is not None,
         seqused_q is not None, leftpad_k is not None, page_size, max_seqlen_k_new, causal, window_size, attention_chunk,
         has_softcap, num_splits, pack_gqa, sm_margin, arch, num_sms, policy, batch_invariant, max_partial_bytes,
         total_q, forward_is_told,
     )  # fmt: skip
-    calls, key, again = None, None, None
+    kind, key, schedules = None, None, None
     try:
-        kind = (build, backend, cache_seqlens.device, static)
-        calls = known_calls(kind)
-        if calls is not None and out is not None:
-            key, again = calls.seen(sizes, given, out)
+        # Types, too: 1 and 1.0 and True are equal, but not all of them are allowed.
+        kind = (build, cache_seqlens.device, static, *map(type, static), *map(type, window_size))
+        schedules = _kinds.get(kind)
+        if schedules is not None and out is not None and schedules.knows(batch_size, max_seqlen_k):
+            places = [None if one is None else place(one) for one in given]
+            key = (backend, batch_size, max_seqlen_k, type(batch_size), type(max_seqlen_k), place(out), *places)
+            if (size := schedules.again(key)) is not None:
+                return out if out.shape[0] == size else out[:size]
     except (TypeError, AttributeError, RuntimeError):  # no tensor, one without memory, or a list for the window
-        kind = None
-    if out is not None and again is not None and again[0]():
-        return out if out.shape[0] == again[1] else out[: again[1]]
+        kind, key = None, None
     tensors = LengthTensors(*given)
-    if calls is None:
-        _check_first(policy, backend, cache_seqlens)
-        calls = KnownCalls()
+    _check_first(policy, backend, cache_seqlens)
+    if schedules is None:
+        named: dict[str, Any] = dict(zip(STATIC, static, strict=True))
+        problem = make_problem(tensors, batch_size=batch_size, max_seqlen_k=max_seqlen_k, **named)
+        schedules = schedules_of(problem, rules)
         if kind is not None:
-            keep_calls(kind, calls)
-    resolved = calls.resolve(sizes, tensors, rules, static)
-    out = output_tensor(out, resolved.size, cache_seqlens.device, tensors)
+            keep(_kinds, _MOST_KINDS, kind, schedules)
+    batch_size, max_seqlen_k = checked_int("batch_size", batch_size, 0), checked_int("max_seqlen_k", max_seqlen_k, 0)
+    tensors.check(batch_size)
+    step = schedules.at(batch_size, max_seqlen_k)
+    out = output_tensor(out, step.sizes[0], cache_seqlens.device, tensors)
     if backend == "native":
-        out.copy_(native_metadata(build, resolved.problem, tensors))
+        out.copy_(native_metadata(build, step.planned()[0], tensors))
     elif backend == "reference" or (backend == "auto" and out.device.type == "cpu"):
-        resolved.write_on_host(tensors, out)
+        step.write_on_host([out], tensors)
     else:
-        resolved.launch(tensors, out)
+        step.launch((out,), tensors)
         if key is not None:
-            calls.remember(key, resolved, tensors, out)
+            schedules.again.remember(key, step, (out,), tensors, step.sizes[0])
     return out
+
+
+# The arguments of a call but its sizes, build, backend and tensors, of which presence alone counts.
+STATIC = tuple(field.name for field in fields(Problem) if field.name not in ("batch_size", "max_seqlen_k", "gpu"))
+_kinds: dict[Hashable, Schedules] = {}  # by all that calls share but their sizes and tensors
+_MOST_KINDS = 256
 
 
 def _check_first(policy: str, backend: str, cache_seqlens: Any) -> None:

@@ -123,7 +123,7 @@ class ForwardCall(NamedTuple):
             self.max_seqlen_q, self.max_seqlen_k, None if new is None else new.shape,
             self.cu_seqlens_k_new is None, self.leftpad_k is None, self.seqused_q is None, self.causal, window,
             self.attention_chunk, self.softcap > 0, self.num_splits, self.pack_gqa, self.sm_margin, arch, num_sms,
-            counts_queries,
+            counts_queries, *map(type, window), *map(type, self[_FIRST_NUMBER:_LAST_NUMBER]),
         )  # fmt: skip
         if (found := _problems.get(key)) is None:
             if len(_problems) >= _MOST_PROBLEMS:
@@ -177,6 +177,9 @@ def _is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
                for one in allowed)  # fmt: skip
 
 
+# Numbers and flags of a call: equal ones of another type are not all allowed.
+_FIRST_NUMBER = ForwardCall._fields.index("max_seqlen_q")
+_LAST_NUMBER = ForwardCall._fields.index("scheduler_metadata")
 # (our name, the forward's); the tensors that every call has come first, and the version last.
 _FIELDS = tuple(name for name in ForwardCall._fields if name != "unknown")
 

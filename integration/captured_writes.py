@@ -18,6 +18,7 @@ _log = logging.getLogger("fa3_metadata")
 _KERNEL, _MEMCPY, _MEMSET = 0, 1, 2  # CUgraphNodeType
 _HARMLESS = frozenset({5, 6, 7, 10, 11})  # empty, events, allocation and release of memory
 _CAPTURING = 1  # CUstreamCaptureStatus
+_NO_SUCH_PARAMETER = 1  # CUDA_ERROR_INVALID_VALUE
 
 
 class _KernelParams(ctypes.Structure):
@@ -95,11 +96,12 @@ def _kernel_arguments(driver: ctypes.CDLL, node: ctypes.c_void_p) -> bytes | Non
     if not function:
         function, info = params.kern, driver.cuKernelGetParamInfo
     found, index, offset, size = b"", 0, ctypes.c_size_t(), ctypes.c_size_t()
-    while not info(ctypes.c_void_p(function), ctypes.c_size_t(index), ctypes.byref(offset), ctypes.byref(size)):
+    places = ctypes.byref(offset), ctypes.byref(size)
+    while not (error := info(ctypes.c_void_p(function), ctypes.c_size_t(index), *places)):
         value = ctypes.string_at(params.kernel_params[index], size.value)
         found += value + bytes(-len(value) % 8)
         index += 1
-    return found
+    return found if error == _NO_SUCH_PARAMETER else None
 
 
 def _buffer_of(extra: int) -> bytes | None:

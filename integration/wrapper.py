@@ -18,7 +18,7 @@ from .arguments import device_facts, gpu_name
 from .calls import ForwardCall
 from .captured_writes import Capture, may_write
 from .installed import resolve_build
-from .resolved import resolve
+from .schedules import step_of
 from .triton_kernels.builds import FA3Rules
 from .triton_kernels.plan import LaunchPlan
 from .triton_kernels.problem import DEFAULT_PARTIAL_BYTES, Problem, checked_bool, unchecked_replace
@@ -233,10 +233,10 @@ def _find_or_make(
     made = scope.made.get(key)
     if made is None or layer in made.layers or _may_be_written(made, scope, capture):
         tensors.check(problem.batch_size)
-        resolved = resolve(problem, rules)
-        metadata = torch.empty(resolved.size, dtype=torch.int32, device=asked.device)
-        resolved.write(tensors, metadata)
-        made = _Made(resolved.plan, metadata, inputs)
+        its_step = step_of(problem, rules)
+        metadata = torch.empty(its_step.sizes[0], dtype=torch.int32, device=asked.device)
+        its_step.write((metadata,), tensors)
+        made = _Made(its_step.planned()[1], metadata, inputs)
         if capture is not None and not _counts_writes():
             made.nodes = capture.nodes() or frozenset()
         scope.keep(key, made)

@@ -50,6 +50,7 @@ class FlashAttentionMetadata:
     cu_seqlens_q: Any = None
     page_table: Any = None
     scheduler_metadata: Any = None
+    starts: Any = None  # tokens of each sequence -> cu_seqlens_q
 
 
 class Sglang:
@@ -59,6 +60,7 @@ class Sglang:
         self.names = next(names for names in LAYOUTS if names.versions == versions)
         self.calls: list[dict[str, Any]] = []
         self.native_calls = 0
+        self.kept: list[dict[str, Any]] = []
         self.uses_package_kernel = True
         self.module = module = ModuleType(self.names.module)
         module.FlashAttentionMetadata = FlashAttentionMetadata  # type: ignore[attr-defined]
@@ -97,6 +99,7 @@ class Sglang:
                 count = len(batch.seq_lens)
                 metadata.cache_seqlens_int32 = batch.seq_lens.to(torch.int32)
                 metadata.cu_seqlens_q = torch.arange(count + 1, dtype=torch.int32)
+                metadata.starts = {1: metadata.cu_seqlens_q}
                 metadata.page_table = torch.zeros(count, pages, dtype=torch.int32)
                 return metadata
 
@@ -136,18 +139,37 @@ class Sglang:
                         metadata.scheduler_metadata = self.buffer[: len(made)]
 
             def decode_layer(self, headdim_v: int = DIM, window: int = -1) -> None:
+                q = torch.zeros(len(self.forward_metadata.cache_seqlens_int32), HEADS, DIM, dtype=torch.bfloat16)
+                self.forward_decode(q, None, None, SimpleNamespace(headdim_v=headdim_v, window=window), None)
+
+            def verify_layer(self, tokens: int) -> None:
+                """As speculative decoding checks `tokens` drafts of each sequence: no metadata is passed in."""
+                count = len(self.forward_metadata.cache_seqlens_int32)
+                q = torch.zeros(count * tokens, HEADS, DIM, dtype=torch.bfloat16)
+                self.forward_extend(q, None, None, SimpleNamespace(headdim_v=DIM, window=-1, tokens=tokens), None)
+
+            def forward_decode(self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any) -> None:
+                given = self.forward_metadata.scheduler_metadata if layer.window < 0 else None
+                self.attend(q, layer, **({"scheduler_metadata": given} if has_maker else {}))
+
+            def forward_extend(self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any) -> None:
+                self.attend(q, layer, max_seqlen_q=layer.tokens)
+
+            def attend(self, q: Any, layer: Any, **given: Any) -> None:
                 metadata = self.forward_metadata
-                count = len(metadata.cache_seqlens_int32)
+                if (tokens := given.get("max_seqlen_q", 1)) not in metadata.starts:
+                    metadata.starts[tokens] = metadata.cu_seqlens_q * tokens
+                version = {"ver": self.fa_impl_ver} if has_maker else {}
                 forward = self.flash_attn_with_kvcache if on_backend else world.module.flash_attn_with_kvcache
-                given = {"scheduler_metadata": metadata.scheduler_metadata if window < 0 else None} if has_maker else {}
-                forward(
-                    q=torch.zeros(count, HEADS, DIM, dtype=torch.bfloat16),
-                    k_cache=torch.zeros(4, PAGE, KV_HEADS, DIM, dtype=torch.bfloat16),
-                    v_cache=torch.zeros(4, PAGE, KV_HEADS, headdim_v, dtype=torch.bfloat16),
-                    page_table=metadata.page_table, cache_seqlens=metadata.cache_seqlens_int32,
-                    cu_seqlens_q=metadata.cu_seqlens_q, max_seqlen_q=1, causal=True,
-                    window_size=(window, 0 if window >= 0 else -1), num_splits=0, **given,
-                )  # fmt: skip
+                call = {
+                    "q": q, "k_cache": torch.zeros(4, PAGE, KV_HEADS, DIM, dtype=torch.bfloat16),
+                    "v_cache": torch.zeros(4, PAGE, KV_HEADS, layer.headdim_v, dtype=torch.bfloat16),
+                    "page_table": metadata.page_table, "cache_seqlens": metadata.cache_seqlens_int32,
+                    "cu_seqlens_q": metadata.starts[tokens], "max_seqlen_q": 1, "causal": True,
+                    "window_size": (layer.window, 0 if layer.window >= 0 else -1), "num_splits": 0,
+                }  # fmt: skip
+                world.kept.append(call)  # as a model keeps its KV caches
+                forward(**call | version | given)
 
         FlashAttentionBackend.__module__ = self.names.module
         FlashAttentionBackend.__qualname__ = "FlashAttentionBackend"

@@ -359,11 +359,11 @@ def test_splits_that_do_not_depend_on_the_batch_need_a_bound_that_does_not(told:
 
 
 def test_a_total_of_queries_makes_new_calls_only_where_it_counts() -> None:
-    from fa3_metadata import known_calls
+    from fa3_metadata import api
 
     call = {"batch_size": 4, "max_seqlen_q": 8, "max_seqlen_k": 8192, "num_heads": 8, "num_heads_k": 1, "headdim": 128,
             "cache_seqlens": torch.tensor([8192, 1, 1, 1])}  # fmt: skip
-    known_calls._kinds.clear()
+    api._kinds.clear()
     for total_q in range(4, 33):
         fa3_metadata.get_scheduler_metadata(**call, build="sglang-kernel-0.4.2", total_q=total_q)
-    assert len(known_calls._kinds) == 1
+    assert len(api._kinds) == 1

@@ -16,8 +16,9 @@ import pytest
 import torch
 import torch._dynamo.testing
 import triton
-from fa3_metadata.resolved import resolve
+from fa3_metadata.schedules import _schedules_of, schedules_of
 from fa3_metadata.triton_kernels import launch
+from fa3_metadata.triton_kernels.plan import make_plan
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 COMPILE_KERNELS = pathlib.Path(__file__).parent.parent / ".ci" / "compile_kernels.py"
@@ -132,7 +133,7 @@ def test_kernels_compile_for_hopper_anywhere() -> None:
 def test_other_sizes_share_what_does_not_depend_on_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the plan and of the launch: the same as if made anew, whichever sizes came before."""
     monkeypatch.setattr(launch, "INTERPRETED", False)  # the launch shapes of a GPU
-    resolve.cache_clear()  # other tests may have made launches for the interpreter
+    _schedules_of.cache_clear()  # other tests may have made launches for the interpreter
     sizes = [(batch, 65536) for batch in (1, 40, 33, 64, 65, 300, 992, 993, 1984, 1985, 5000, 31)]
     sizes += [
         (31, 70000),
@@ -150,17 +151,19 @@ def test_other_sizes_share_what_does_not_depend_on_them(monkeypatch: pytest.Monk
     for build, more in itertools.product((*BUILDS, "sglang-kernel-0.4.5", "vllm-0.10.0", "vllm-0.10.1"), SHARING):
         call = arguments(lengths(1, torch.device("cpu")), build) | {"cache_seqlens": None} | more
         _, problem, rules, _ = fa3_metadata.api.plan_call(call)
-        like = resolve(problem, rules)
+        known = schedules_of(problem, rules)
+        assert known is schedules_of(replace(problem, batch_size=7), rules)
         for batch_size, max_seqlen_k in sizes:
-            anew = resolve(replace(problem, batch_size=batch_size, max_seqlen_k=max_seqlen_k), rules)
-            shared = like.like_this(batch_size, max_seqlen_k) or anew
-            shared_ones += shared is not anew
-            made = shared._make_launch(launch)  # before its plan is looked at
-            assert vars(made) == vars(launch.metadata_launch(anew.problem, anew.plan))
-            assert (shared.problem, shared.plan, shared.size) == (anew.problem, anew.plan, anew.plan.layout.size)
-            like = shared
+            anew = replace(problem, batch_size=batch_size, max_seqlen_k=max_seqlen_k)
+            families = len(known._families)
+            step = known.at(batch_size, max_seqlen_k)
+            shared_ones += len(known._families) == families
+            plan = make_plan(anew, rules)
+            made = step._make_launch(launch)  # before its plan is looked at
+            assert vars(made) == vars(launch.metadata_launch(anew, plan))
+            assert (*step.planned(), step.sizes) == (anew, plan, (plan.layout.size,))
     assert shared_ones > 300
-    resolve.cache_clear()
+    _schedules_of.cache_clear()
 
 
 @pytest.mark.parametrize("arch", [90, 80])

@@ -9,13 +9,14 @@ import subprocess
 import sys
 from collections import namedtuple
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_type_hints
 
 import fa3_metadata
 import pytest
 import torch
 import triton
 from fa3_metadata.triton_kernels import driver, launch
+from fa3_metadata.triton_kernels.kernel import Numbers
 
 # What Triton 3.5.1 says of a kernel, and what later ones say more or no longer.
 METADATA: dict[str, Any] = {
@@ -369,3 +370,16 @@ def test_both_ways_of_launching_write_the_same(policy: str, monkeypatch: pytest.
     real = driver.load
     monkeypatch.setattr(launch, "load", lambda compile_, *rest: real(lambda: lacks_num_ctas(compile_()), *rest))
     assert not write()
+
+
+@pytest.mark.parametrize("policy", ["fa3", "balanced"])
+def test_numbers_are_what_the_kernel_takes_them_for(policy: str) -> None:
+    """They are passed in order, and a float by the type of its field."""
+    names = list(inspect.signature(launch.prepare_varlen_num_blocks_kernel.fn).parameters)
+    first = names.index(Numbers._fields[0])
+    assert tuple(names[first : first + len(Numbers._fields)]) == Numbers._fields
+    assert names[first + len(Numbers._fields)] == "LAYOUT"
+    lengths = torch.arange(40, dtype=torch.int32)
+    *_, plan = fa3_metadata.api.plan_call(arguments(lengths) | {"policy": policy})
+    numbers = launch._numbers(plan)
+    assert {name: type(number) for name, number in numbers._asdict().items()} == get_type_hints(Numbers)

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import fa3_metadata
 import pytest
 import torch
-from fa3_metadata import installed, known_calls
+from fa3_metadata import api, installed
 from fa3_metadata.arguments import LengthTensors
 from fa3_metadata.triton_kernels.problem import Problem
 
@@ -94,7 +94,7 @@ def test_raises_and_writes_nothing(
     change: dict[str, Any], error: type[Exception], message: str, before: dict[str, Any] | None
 ) -> None:
     """Also after a good call, whose checks the next one of its kind does not repeat."""
-    known_calls._kinds.clear()
+    api._kinds.clear()
     good = GOOD | {"cache_seqlens": INTS, "build": "sglang-kernel-0.4.2"}
     if before is not None:
         fa3_metadata.get_scheduler_metadata(**good | before)

@@ -15,8 +15,8 @@ from fa3_metadata.api import plan_call
 from fa3_metadata.arguments import device_facts, gpu_name
 from fa3_metadata.calls import ForwardCall
 from fa3_metadata.installed import load_forward
-from fa3_metadata.resolved import resolve
 from fa3_metadata.triton_kernels.builds import rules_for
+from fa3_metadata.triton_kernels.plan import make_plan
 from fa3_metadata.triton_kernels.problem import unchecked_replace
 
 from .attention_reference import attention
@@ -78,7 +78,7 @@ class Layer:
         """What `wrap_forward` should have come to, from the call itself."""
         asked, device, rules = ForwardCall.read(self.theirs), self.call["q"].device, rules_for(str(WHEEL))
         problem = asked.problem(*device_facts(device, None, None), rules.bound_depends_on_batch)
-        return resolve(unchecked_replace(problem, **self.options, gpu=gpu_name(device)), rules).plan.layout
+        return make_plan(unchecked_replace(problem, **self.options, gpu=gpu_name(device)), rules).layout
 
     def check_bound(self) -> None:
         """The metadata last handed over has no more splits than the forward was told to have room for."""

@@ -22,7 +22,7 @@ from fa3_metadata.triton_kernels.problem import POLICIES
 
 from .cases import POISON
 from .test_gpu_wheels import HAS_PAGED_AND_LOCAL, PACKAGE, WHEEL, needs_wheel
-from .vllm_stand_in import check, gqa_builder, make_batch, mla_builder, stand_in
+from .vllm_stand_in import check, gqa_builder, make_batch, metadata_of, mla_builder, stand_in
 
 pytestmark = pytest.mark.gpu
 needs_sglang = pytest.mark.skipif(PACKAGE != "sglang-kernel", reason="one wheel is enough: sglang-kernel")
@@ -335,6 +335,7 @@ def test_layers_of_a_capture_share_in_inference_mode() -> None:
         for one in layers:
             one["cache_seqlens"] = layers[0]["cache_seqlens"]
         kept = torch.zeros(4, 4, device="cuda")
+        rand(4, 1, 8, 128) @ weights  # cuBLAS starts outside of the capture, as in an engine
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for one in layers:
@@ -395,17 +396,15 @@ def test_vllm_adapter_makes_what_vllm_makes(
 ) -> None:
     """The metadata that a builder gets by the adapter, and what vLLM's forward makes of it."""
     batch = vllm_batch(**VLLM_MIXED if kind == "mixed" else VLLM_DECODE)
-    make, module, build = gqa_builder, adapter.GQA, "build"
-    if kind == "mla":
-        make, module, build = mla_builder, adapter.MLA, "_build_decode"
+    make, module = (mla_builder, adapter.MLA) if kind == "mla" else (gqa_builder, adapter.GQA)
     arguments = {"graphs": graphs} | ({"window": (1023, 0)} if kind == "window" else {})
     with monkeypatch.context() as patch:
         patch.setattr(import_module(module), adapter.NAME, vllm.get_scheduler_metadata)
-        theirs = getattr(vllm_builder(make, **arguments), build)(batch)
+        theirs = metadata_of(vllm_builder(make, **arguments), batch)
     attached = adapter.attach(in_place)
     builder = vllm_builder(make, **arguments)
     for _ in range(2):  # the second time there is something to overwrite
-        made = getattr(builder, build)(batch)
+        made = metadata_of(builder, batch)
         check(made, theirs, batch.size)
     assert attached.used
     if kind != "mla":  # of its head dims the copy has no attention kernels
@@ -424,7 +423,7 @@ def test_vllm_full_graph_follows_the_adapters_metadata(vllm: ModuleType, in_plac
     import_module(adapter.GQA)
     adapter.attach(in_place)
     builder = vllm_builder(gqa_builder, graphs=True)
-    metadata = builder.build(batch)
+    metadata = metadata_of(builder, batch)
     layers = [vllm_layer(batch, builder) for _ in range(3)]
     for call in layers:
         forward(**call, scheduler_metadata=metadata)
@@ -434,7 +433,7 @@ def test_vllm_full_graph_follows_the_adapters_metadata(vllm: ModuleType, in_plac
     for lengths in ((5, 9000, 4096, 700, 700), (9600, 1, 1, 1, 1), (64, 128, 129, 1000, 300), (1, 1, 1, 1, 1)):
         batch.lengths.copy_(ints(*lengths))
         batch.max_seq_len = max(lengths)  # vLLM asks for the longest sequence of the step; the graph's is the table
-        assert builder.build(batch).data_ptr() == metadata.data_ptr()
+        assert metadata_of(builder, batch).data_ptr() == metadata.data_ptr()
         graph.replay()
         for output, call in zip(outputs, layers, strict=True):
             assert torch.equal(output, forward(**call)), f"lengths {lengths}"

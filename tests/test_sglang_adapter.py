@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import logging
+import threading
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import fa3_metadata
 import pytest
 import torch
-from fa3_metadata.engines import sglang
+from fa3_metadata.engines import once, sglang
 from fa3_metadata.engines.sglang import LAYOUTS, attach, attach_new_backends
 
 from .sglang_stand_in import DIM, HEADS, KV_HEADS, PAGE, Batch, Sglang
 
 BUILD = "sglang-kernel-0.4.2"
+
+
+@pytest.fixture(autouse=True)
+def _no_new_backends(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every test begins with no class of SGLang hooked and nothing said."""
+    monkeypatch.setattr(once, "_said", set())
+    yield
+    if sglang._new_backends is not None:
+        sglang._new_backends.undo()
 
 
 @pytest.fixture(params=[names.versions for names in LAYOUTS])
@@ -84,7 +95,9 @@ def test_eager_decode_gets_what_the_forward_would_make(precompute: Sglang) -> No
     backend.decode_layer()
     assert precompute.calls[-1]["scheduler_metadata"] is made
     backend.decode_layer(window=64)
-    assert precompute.calls[-1]["scheduler_metadata"] is None
+    window = precompute.calls[-1]["scheduler_metadata"]
+    assert window is not None, "SGLang passes none to a layer with a window"
+    assert window is not made
 
 
 def test_eager_asks_for_the_page_tables_width(precompute: Sglang, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,6 +116,92 @@ def test_no_metadata_where_sglang_asks_for_none(precompute: Sglang) -> None:
     backend.init_forward_metadata(Batch([300]))
     backend.init_forward_metadata(Batch([300], speculative=True))
     assert backend.forward_metadata.scheduler_metadata is None, "nothing left over from the batch before"
+
+
+def test_eager_layers_of_a_kind_share(world: Sglang) -> None:
+    """Also those that SGLang never has metadata for: windows, and verification of drafts."""
+    backend = world.backend()
+    attach(backend, BUILD)
+    backend.init_forward_metadata(Batch([300, 5, 70], speculative=True))
+    for _ in range(2):
+        backend.decode_layer()
+        backend.decode_layer(window=64)
+        backend.verify_layer(4)
+    first, again = world.calls[:3], world.calls[3:]
+    assert len({call["scheduler_metadata"].data_ptr() for call in first}) == 3
+    assert all(a["scheduler_metadata"] is b["scheduler_metadata"] for a, b in zip(first, again, strict=True))
+    verified = first[2]
+    layout = fa3_metadata.metadata_layout(
+        3, 4, 19 * PAGE, HEADS, KV_HEADS, DIM, page_size=PAGE, causal=True,
+        cu_seqlens_q=torch.arange(4, dtype=torch.int32), build=BUILD,
+    )  # fmt: skip
+    assert (verified["num_splits"], len(verified["scheduler_metadata"])) == (layout.num_splits, layout.size)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_batches_do_not_share(world: Sglang, inference: bool) -> None:
+    """The lengths of the next batch may lie where those of the last one did."""
+    backend = world.backend()
+    attach(backend, BUILD)
+    with torch.inference_mode(inference):
+        for lengths in ([300, 5, 70], [9000, 5, 70]):
+            backend.init_forward_metadata(Batch(lengths, speculative=True))
+            for _ in range(2):
+                backend.decode_layer()
+    made = [call["scheduler_metadata"] for call in world.calls]
+    assert made[0] is made[1]
+    assert made[2] is made[3]
+    assert not torch.equal(made[0], made[2])
+
+
+def test_a_graphs_batch_is_no_eager_step(world: Sglang) -> None:
+    """Its lengths are written in place before every replay, so nothing made for a warm-up may be found later."""
+    backend = world.backend()
+    attach(backend, BUILD)
+    backend.init_forward_metadata(Batch([300, 5, 70], speculative=True))
+    backend.prepare_graph(Batch([20, 5, 70]), capture=True)
+    backend.decode_layer()
+    backend.verify_layer(4)
+    assert [call["scheduler_metadata"] for call in world.calls] == [None, None]
+
+
+def test_backends_do_not_share_a_step(world: Sglang) -> None:
+    """A draft's backends know their own batches; one that has none is passed through."""
+    first, second = world.backend(), world.backend()
+    for backend in (first, second):
+        attach(backend, BUILD)
+    first.init_forward_metadata(Batch([300, 5], speculative=True))
+    second.forward_metadata = first.forward_metadata
+    second.decode_layer()
+    assert world.calls[-1]["scheduler_metadata"] is None
+    first.decode_layer()
+    assert world.calls[-1]["scheduler_metadata"] is not None
+
+
+def test_a_single_layer_is_left_to_fa3(world: Sglang) -> None:
+    """A drafter's layer shares with none; "balanced" is a better schedule for it all the same."""
+    for policy, made in (("fa3", [True, False, False, False, True]), ("balanced", [True] * 5)):
+        backend = world.backend()
+        attached = attach(backend, BUILD, policy)
+        world.calls.clear()
+        for layers in (1, 1, 0, 1, 2, 1):
+            backend.init_forward_metadata(Batch([300, 5], speculative=True))
+            for _ in range(layers):
+                backend.decode_layer()
+        firsts = [world.calls[i]["scheduler_metadata"] is not None for i in (0, 1, 2, 3, 5)]
+        assert firsts == made, policy
+        attached.detach()
+
+
+def test_an_eager_step_in_a_thread_of_its_own(world: Sglang) -> None:
+    backend = world.backend()
+    attach(backend, BUILD)
+    backend.init_forward_metadata(Batch([300, 5], speculative=True))
+    thread = threading.Thread(target=backend.decode_layer)
+    thread.start()
+    thread.join()
+    backend.decode_layer()
+    assert world.calls[0]["scheduler_metadata"] is world.calls[1]["scheduler_metadata"] is not None
 
 
 def test_a_failed_eager_batch_leaves_nothing_behind(precompute: Sglang) -> None:
@@ -176,8 +275,11 @@ def test_layers_of_another_shape_get_no_eager_metadata(precompute: Sglang) -> No
     backend = precompute.backend()
     attach(backend, BUILD)
     backend.init_forward_metadata(Batch([300, 5, 70]))
+    made = backend.forward_metadata.scheduler_metadata
     backend.decode_layer(headdim_v=64)
-    assert precompute.calls[-1]["scheduler_metadata"] is None
+    own = precompute.calls[-1]["scheduler_metadata"]
+    assert own is not None, "but the wrapped forward makes theirs"
+    assert own is not made
 
 
 SHAPE = {"max_seqlen_q": 1, "num_heads": HEADS, "num_heads_k": KV_HEADS, "headdim": DIM, "page_size": PAGE,
@@ -185,37 +287,27 @@ SHAPE = {"max_seqlen_q": 1, "num_heads": HEADS, "num_heads_k": KV_HEADS, "headdi
 
 
 @pytest.mark.parametrize("lengths", [[300, 5, 70], [30000, 5, 70], [9000] * 40, [60000] + [100] * 1100], ids=len)
-def test_balanced_eager_batches_stay_within_the_forwards_own_bound(precompute: Sglang, lengths: list[int]) -> None:
-    """SGLang hands the forward num_splits=0: it has room for as many splits as FA3's heuristic says."""
-    backend = precompute.backend()
-    attach(backend, BUILD, "balanced")
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_balanced_eager_batches_get_the_bound_of_their_metadata(
+    world: Sglang, lengths: list[int], batch_invariant: bool
+) -> None:
+    """SGLang hands the forward num_splits=0; the wrapped forward tells FA3 how many there are."""
+    backend = world.backend()
+    attach(backend, BUILD, "balanced", batch_invariant=batch_invariant)
     backend.init_forward_metadata(Batch(lengths))
-    made = backend.forward_metadata.scheduler_metadata
-    b, starts = len(lengths), torch.arange(len(lengths) + 1, dtype=torch.int32)
-    call = SHAPE | {"batch_size": b, "max_seqlen_k": -(-max(lengths) // PAGE) * PAGE, "cu_seqlens_q": starts}
-    bound = fa3_metadata.metadata_layout(**call).num_splits
-    call |= {"policy": "balanced", "num_splits": bound}
+    backend.decode_layer()
+    backend.decode_layer()
+    first, second = world.calls
+    call = SHAPE | {
+        "batch_size": len(lengths), "max_seqlen_k": -(-max(lengths) // PAGE) * PAGE, "policy": "balanced",
+        "cu_seqlens_q": torch.arange(len(lengths) + 1, dtype=torch.int32), "batch_invariant": batch_invariant,
+    }  # fmt: skip
     ours = fa3_metadata.get_scheduler_metadata(**call, cache_seqlens=torch.tensor(lengths, dtype=torch.int32))
     layout = fa3_metadata.metadata_layout(**call)
-    made_rows, our_rows = (fa3_metadata.unpack_metadata(tensor, layout) for tensor in (made, ours))
-    assert all(torch.equal(made_rows[row], our_rows[row]) for row in layout.rows)
-    if "num_splits_dynamic" in layout.rows:
-        assert made_rows["num_splits_dynamic"].max() <= bound
-    if b == 1101:
-        assert made_rows["num_splits_dynamic"].max() > 1, "balanced, not FA3's, which splits nothing in this batch"
-    backend.decode_layer()
-    assert precompute.calls[-1]["scheduler_metadata"] is made
-    assert precompute.calls[-1]["num_splits"] == 0
-
-
-def test_balanced_eager_batches_keep_a_bound_of_sglangs(precompute: Sglang, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[dict[str, Any]] = []
-    monkeypatch.setattr(sglang, "get_scheduler_metadata", lambda **call: asked.append(call) or torch.zeros(17))
-    backend = precompute.backend()
-    attached = attach(backend, BUILD, "balanced")
-    call = {"batch_size": 3, "num_splits": 1, "has_softcap": False, **{k: v for k, v in SHAPE.items() if k != "build"}}
-    attached._make(call, backend.prepare(Batch([9000, 5, 70]), 600))
-    assert (asked[0]["policy"], asked[0]["num_splits"]) == ("balanced", 1)
+    assert torch.equal(first["scheduler_metadata"], ours)
+    assert (first["num_splits"], first["pack_gqa"]) == (layout.num_splits, layout.pack_gqa)
+    assert second["scheduler_metadata"] is first["scheduler_metadata"]
+    assert world.native_calls == 0
 
 
 def test_balanced_layers_of_a_graph_get_the_bound_of_their_metadata(world: Sglang) -> None:
@@ -260,7 +352,7 @@ def test_attach_new_backends_with_a_policy(world: Sglang, caplog: pytest.LogCapt
         undo = attach_new_backends(BUILD, "balanced")
         backend = world.backend()
     assert caplog.messages[0].endswith(f"SGLang {world.names.versions}, policy balanced")
-    assert attach_new_backends(BUILD, "balanced") is undo
+    assert attach_new_backends(BUILD, "balanced") == undo
     with pytest.raises(ValueError, match="policy must be 'balanced', with which new backends are attached"):
         attach_new_backends(BUILD)
     undo()
@@ -330,14 +422,12 @@ def test_attach_new_backends(world: Sglang, caplog: pytest.LogCaptureFixture) ->
     earlier = world.backend()
     with caplog.at_level(logging.INFO, "fa3_metadata"):
         undo = attach_new_backends(BUILD)
-        assert attach_new_backends(BUILD) is undo
+        assert attach_new_backends(BUILD) == undo
         backend = world.backend()
     assert caplog.messages == [
         f"scheduler metadata: attached to the FlashAttentionBackend of SGLang {world.names.versions}"
     ]
     assert world.forward not in forwards(world, backend)
-    with pytest.raises(RuntimeError, match="FlashAttention 3"):
-        world.backend(4)
     undo()
     attach(backend).detach()
     later = world.backend()
@@ -345,10 +435,68 @@ def test_attach_new_backends(world: Sglang, caplog: pytest.LogCaptureFixture) ->
         assert all(forward is world.forward for forward in forwards(world, untouched))
 
 
+def test_another_flash_attention_is_left_alone(world: Sglang, caplog: pytest.LogCaptureFixture) -> None:
+    """FA4 for prefill beside FA3 for decode: both are FlashAttentionBackends of one process."""
+    attach_new_backends(BUILD)
+    backend, other = world.backend(), world.backend(4)
+    third = world.backend(4)
+    assert not hasattr(other, sglang._MARK)
+    assert [record.levelname for record in caplog.records] == ["WARNING"], "once"
+    assert "FlashAttention 3 (fa_impl_ver), got 4" in caplog.text
+    assert "fa3-metadata doctor" in caplog.text
+    for one in (backend, other, third):
+        one.init_forward_metadata(Batch([300, 5, 70]))
+        one.decode_layer()
+    if world.names.maker_keywords:  # where one forward serves both versions
+        assert [call["pack_gqa"] for call in world.calls if call["ver"] == 4] == [None, None]
+
+
+def test_strict_raises_what_attach_raises(world: Sglang, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FA3_METADATA_STRICT", "1")
+    attach_new_backends(BUILD)
+    with pytest.raises(RuntimeError, match="FlashAttention 3"):
+        world.backend(4)
+    world.backend()
+
+
+def test_an_unknown_sglang_is_left_alone(precompute: Sglang, caplog: pytest.LogCaptureFixture) -> None:
+    attach_new_backends(BUILD)
+    precompute.uses_package_kernel = False
+    backend = precompute.backend()
+    assert forwards(precompute, backend) == [precompute.forward]
+    assert "SGLANG_USE_SGL_FA3_KERNEL must be true" in caplog.text
+
+
+def test_what_derives_from_a_backend_is_left_alone(world: Sglang, caplog: pytest.LogCaptureFixture) -> None:
+    """SGLang has one for MUSA, with a forward of its own."""
+    attach_new_backends(BUILD)
+    kind = world.module.FlashAttentionBackend  # type: ignore[attr-defined]
+    backend = type("MusaFlashAttentionBackend", (kind,), {})()
+    assert not hasattr(backend, sglang._MARK)
+    assert not caplog.records
+
+
+def test_the_environment_says_how(world: Sglang, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FA3_METADATA_POLICY", "balanced")
+    monkeypatch.setenv("FA3_METADATA_BATCH_INVARIANT", "1")
+    attach_new_backends(BUILD)
+    attached = vars(world.backend())[sglang._MARK]
+    assert (attached.policy.policy, attached.policy.batch_invariant) == ("balanced", True)
+
+
+def test_without_sglang() -> None:
+    with pytest.raises(ModuleNotFoundError, match="SGLang is not installed"):
+        attach_new_backends(BUILD)
+
+
 def test_the_kill_switch(precompute: Sglang, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FA3_METADATA_DISABLE", "1")
     undo = attach_new_backends(BUILD)
-    assert forwards(precompute, precompute.backend()) == [precompute.forward]
+    backend = precompute.backend()
+    before = dict(vars(backend))
+    attach(backend, BUILD).detach()
+    assert forwards(precompute, backend) == [precompute.forward]
+    assert vars(backend) == before
     undo()
 
 

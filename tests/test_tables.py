@@ -22,7 +22,7 @@ import fa3_metadata
 import numpy as np
 import pytest
 import torch
-from fa3_metadata import known_calls, resolved
+from fa3_metadata import api, schedules
 from fa3_metadata.api import plan_call
 from fa3_metadata.triton_kernels import balance, launch, plan, shapes, tables
 from fa3_metadata.triton_kernels.builds import RELEASES, rules_for
@@ -51,8 +51,9 @@ def cache(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[p
 
 
 def _forget() -> None:
-    known_calls._kinds.clear()
-    for remembered in (shapes.shipped_shapes, balance.constants_of, plan.make_plan, resolved.resolve):
+    api._kinds.clear()
+    kept = schedules.step_of, schedules._schedules_of
+    for remembered in (shapes.shipped_shapes, balance.constants_of, plan.make_plan, *kept):
         remembered.cache_clear()
 
 

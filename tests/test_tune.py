@@ -13,7 +13,7 @@ import torch
 from fa3_metadata.api import plan_call
 from fa3_metadata.arguments import gpu_name
 from fa3_metadata.installed import installed_version
-from fa3_metadata.resolved import load_launch
+from fa3_metadata.schedules import load_launch
 from fa3_metadata.tools import balance_fit, cli, tune
 from fa3_metadata.tools.balance_fit import ATTENTIONS, Attention, Batch
 from fa3_metadata.triton_kernels import balance, shapes, tables

@@ -12,9 +12,21 @@ from typing import Any
 
 import pytest
 from fa3_metadata.engines import vllm as adapter
+from fa3_metadata.engines.vllm_names import PACKAGE
 from fa3_metadata.installed import BUILD_VARIABLE
 
-from .vllm_stand_in import BUILD, DECODE, MLA, check, expected, gqa_builder, make_batch, mla_builder, stand_in
+from .vllm_stand_in import (
+    BUILD,
+    DECODE,
+    MLA,
+    check,
+    expected,
+    gqa_builder,
+    make_batch,
+    metadata_of,
+    mla_builder,
+    stand_in,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -30,17 +42,17 @@ def root(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pa
 
 def test_modules_imported_after_attach(root: pathlib.Path) -> None:
     attached = adapter.attach(in_place=True)
-    assert attached.modules == [adapter.FA_UTILS]
+    assert attached.modules == [adapter.FA_UTILS, PACKAGE]
     assert not {adapter.GQA, adapter.MLA} & set(sys.modules)  # for vLLM to import when it is ready
     builder = gqa_builder(graphs=True)
     for _ in range(2):  # the first call finds the builder as vLLM made it
-        check(builder.build(DECODE), expected(DECODE, 32), DECODE.size)
+        check(metadata_of(builder, DECODE), expected(DECODE, 32), DECODE.size)
     assert attached.waiting == {adapter.MLA: "FlashAttnMLAMetadataBuilder"}
     mla = mla_builder(graphs=True)
     for _ in range(2):
         check(mla._build_decode(DECODE), expected(DECODE, 32, **MLA), DECODE.size)
     assert (attached.waiting, attached.used) == ({}, True)
-    assert attached.modules == [adapter.FA_UTILS, adapter.GQA, adapter.MLA]
+    assert attached.modules == [adapter.FA_UTILS, adapter.GQA, adapter.MLA, PACKAGE]
 
 
 @pytest.mark.parametrize("in_place", [False, True])
@@ -55,12 +67,13 @@ def test_detach_puts_everything_back(root: pathlib.Path, in_place: bool) -> None
     (root / "v1" / "late.py").write_text(f"from {adapter.FA_UTILS} import get_scheduler_metadata\n")
     modules.append(import_module("vllm.v1.late"))  # nothing that we know of
     assert all(module.get_scheduler_metadata is adapter.get_scheduler_metadata for module in modules)
-    assert (dict(vars(builder)) != before) == in_place
+    changed = {name for name, value in vars(builder).items() if value is not before[name]}
+    assert changed == {"build"} | ({"update_draft_decode_metadata", "_store_scheduler_metadata"} if in_place else set())
     attached.detach()
     attached.detach()
     assert all(module.get_scheduler_metadata is own for module in modules)
     assert dict(vars(builder)) == before
-    assert gqa_builder().build(DECODE).tolist() == [-1] * 9
+    assert metadata_of(gqa_builder(), DECODE).tolist() == [-1] * 9
     assert adapter.attach(in_place) is not attached
 
 
@@ -95,7 +108,11 @@ def all_sources() -> list[tuple[str, str, str, bool]]:
         (gqa, "FlashAttentionMetadataBuilder", "Builder", False),
         (gqa, "_store_scheduler_metadata", "_keep_scheduler_metadata", True),
         (gqa, "self.scheduler_metadata[n:] = 0", "pass", True),
-        (gqa, "causal=batch.causal", "causal=batch.causal, **batch.more", True),
+        (gqa, "causal=common_attn_metadata.causal", "causal=common_attn_metadata.causal, **self.more", True),
+        (gqa, "self.aot_schedule = False", "pass", False),
+        (gqa, "if self.aot_sliding_window is None", "if not self.aot_sliding_window", False),
+        (interface, "fa_version=2", "version=2", False),
+        ("forward_context.py", "attn_metadata, vllm_config", "metadata, vllm_config", False),
         (mla, "headdim_v=512, ", "", False),
         (mla, "seqlens, max_seq_len", "lens, max_seq_len", True),
     ]
@@ -112,7 +129,9 @@ def test_an_unknown_layout_is_refused(
     if only_in_place and not in_place:
         adapter.attach(in_place)
         return
-    with pytest.raises(RuntimeError, match="not laid out as expected; nothing was changed") as error:
+    with pytest.raises(
+        RuntimeError, match=r"not laid out as expected \(nearest: 0.32.0 to 0.33.0\); nothing was changed"
+    ) as error:
         adapter.attach(in_place)
     module = "vllm." + path.removesuffix(".py").replace("/", ".")
     assert f"{module}: expected `" in str(error.value)
@@ -127,7 +146,7 @@ def test_a_missing_module_is_refused(root: pathlib.Path) -> None:
 
 
 def test_another_platform_is_refused(root: pathlib.Path) -> None:
-    (root / "platforms.py").write_text("is_cuda = False\n")
+    (root / "platforms.py").write_text("is_cuda, fa_version = False, 3\n")
     with pytest.raises(RuntimeError, match=f"{adapter.FA_UTILS}.get_scheduler_metadata is <function"):
         adapter.attach()
     assert adapter._attached is None
@@ -197,7 +216,7 @@ def test_threads(root: pathlib.Path) -> None:
             attached.append(adapter.attach(in_place=True))
             batch, builder = make_batch([700 * n] * n), gqa_builder(graphs=True)
             for _ in range(20):
-                made = builder.build(batch)
+                made = metadata_of(builder, batch)
                 assert made.data_ptr() == builder.scheduler_metadata.data_ptr()
                 check(made, expected(batch, 32), n)
         except BaseException as error:

@@ -81,9 +81,9 @@ def test_the_constants_are_those_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> 
         sys.modules["fa3_metadata.wrapper"], "gpu_name", lambda device: devices.append(device) or "NVIDIA Unheard"
     )
     problems = []
-    resolve = sys.modules["fa3_metadata.wrapper"].resolve
+    resolve = sys.modules["fa3_metadata.wrapper"].step_of
     monkeypatch.setattr(
-        sys.modules["fa3_metadata.wrapper"], "resolve", lambda *given: problems.append(given[0]) or resolve(*given)
+        sys.modules["fa3_metadata.wrapper"], "step_of", lambda *given: problems.append(given[0]) or resolve(*given)
     )
     with step():
         wrap_forward(forward, BUILD, "balanced")(**layer())

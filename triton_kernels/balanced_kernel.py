@@ -39,22 +39,21 @@ def _block_cost(busy, alone):
 
 @triton.jit
 def fastest_blocks_per_split(
-    lengths, strides, batch_size, shape, group_m, group_n, causal_saving, share, num_splits, num_heads,
-    tile, alone, split_cost, WINDOW: tl.constexpr, SHORT: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
+    lengths, strides, batch_size, most, group_m, group_n, n, LAYOUT: tl.constexpr, GROUP: tl.constexpr
+):
     """reference._fastest_blocks_per_split: the key blocks of a split, for a batch that is a single group.
 
-    `group_m`, `group_n` [GROUP]: query and key blocks of `lengths`.
+    `group_m`, `group_n` [GROUP]: query and key blocks of `lengths`. `most`, `n`, LAYOUT: as for num_blocks.
     """
-    model = (num_heads.to(tl.float32), share, num_splits, tile, alone, split_cost)
+    model = (n.num_heads.to(tl.float32), n.load_factor, n.num_splits, n.tile_cost, n.alone_cost, n.split_cost)
     group_m = few_blocks(group_m)
     if GROUP <= ONE_WARP:
         # [GROUP, CANDIDATES]. One number for three, made as wide as that (by adding zeros) before it is taken apart,
         # means one exchange between threads and not one for all that follows. Meanwhile the first sums are made.
         k = tl.arange(0, CANDIDATES)[None, :]
-        work = work_of(group_m, group_n, causal_saving)
+        work = work_of(group_m, group_n, n.causal_saving)
         wide = ((work.to(tl.int64) << 32) | (group_n * 16 + group_m))[:, None] + (k & CANDIDATES)
-        c, size, load, longest = _candidates(k, tl.sum(work), tl.max(group_n), model, SHORT)
+        c, size, load, longest = _candidates(k, tl.sum(work), tl.max(group_n), model, LAYOUT.short)
         blocks, work = wide.to(tl.int32), (wide >> 32).to(tl.int32)
         tiles, big = _tiles(blocks & 15, blocks >> 4, c, size)
         big_work = tl.where(big, work, 0)
@@ -71,15 +70,15 @@ def fastest_blocks_per_split(
     # sequence, which it reads itself, so that nothing is exchanged between warps but the answer.
     k = tl.arange(0, HALF)[:, None, None]
     j = tl.arange(0, GROUP // WARP)[None, :, None] * WARP + tl.arange(0, WARP)[None, None, :] + (k & HALF)
-    _, num_m, num_n = num_blocks(lengths, strides, j, j < batch_size, shape, WINDOW, SHORT)
+    _, num_m, num_n = num_blocks(lengths, strides, j, j < batch_size, most, n, LAYOUT)
     num_m = few_blocks(num_m)
-    work = work_of(num_m, num_n, causal_saving)
+    work = work_of(num_m, num_n, n.causal_saving)
     longest = tl.max(tl.max(num_n, axis=1, keep_dims=True), axis=2, keep_dims=True)
     batch = (num_m, num_n, work, _of_all(work), longest)
     if GROUP > ALL_CANDIDATES:  # as the batch is then: GROUP is the next power of two
-        key = _key(2 * k, batch, model, SHORT)
+        key = _key(2 * k, batch, model, LAYOUT.short)
     else:
-        key = tl.minimum(_key(k, batch, model, SHORT), _key(k + HALF, batch, model, SHORT))
+        key = tl.minimum(_key(k, batch, model, LAYOUT.short), _key(k + HALF, batch, model, LAYOUT.short))
     return tl.min(key).to(tl.int32)
 
 

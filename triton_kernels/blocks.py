@@ -24,20 +24,21 @@ def cdiv_tile(tokens, tile, multiplier):
 
 
 @triton.jit
-def floor_div_tile(tokens, tile):
+def floor_div_tile(tokens, multiplier):
     """tokens // tile for tokens >= 0, likewise."""
-    return tl.umulhi((tokens >> 4).to(tl.uint32), tile[1].to(tl.uint32, bitcast=True)).to(tl.int32)
+    return tl.umulhi((tokens >> 4).to(tl.uint32), multiplier.to(tl.uint32, bitcast=True)).to(tl.int32)
 
 
 @triton.jit
-def num_blocks(lengths, strides, i, mask, shape, WINDOW: tl.constexpr, SHORT: tl.constexpr):
+def num_blocks(lengths, strides, i, mask, most, n, LAYOUT: tl.constexpr):
     """Query rows, query blocks and key blocks of sequences `i`; zero where `mask` is off.
 
-    SHORT holds only if no length is beyond MOST. One that is, such as a row of padding that nobody has set, counts as
-    MOST, so that the places of the order stay within the tensor. With WINDOW only the key blocks that the last query
-    block reads, as in `BlockMN` (hopper/block.h).
+    `most`: max_seqlen_q and max_seqlen_k_new. `n`, LAYOUT: kernel.Numbers and Layout. `short` holds only if no length
+    is beyond MOST. One that is, such as a row of padding that nobody has set, counts as MOST, so that the places of the
+    order stay within the tensor. With `window` only the key blocks that the last query block reads, as in `BlockMN`
+    (hopper/block.h).
     """
-    max_seqlen_q, max_seqlen_k_new, q_heads_per_row, tile_m, tile_n, window_left, attention_chunk = shape
+    max_seqlen_q, max_seqlen_k_new = most
     cache_seqlens, cu_seqlens_q, seqused_q, cu_seqlens_k_new, leftpad_k = lengths
     if seqused_q is not None:
         seqlen_q = load_lengths(seqused_q, strides[2], i, mask)
@@ -57,20 +58,20 @@ def num_blocks(lengths, strides, i, mask, shape, WINDOW: tl.constexpr, SHORT: tl
 
     seqlen_q = tl.maximum(seqlen_q, 0)
     seqlen_k = tl.maximum(seqlen_k, 0)
-    rows = tl.maximum(seqlen_q * q_heads_per_row, 0)
-    if SHORT:
+    rows = tl.maximum(seqlen_q * n.q_heads_per_row, 0)
+    if LAYOUT.short:
         seqlen_k = tl.minimum(seqlen_k, MOST)
         rows = tl.minimum(rows, MOST)
-    num_m_blocks = cdiv_tile(rows, tile_m[0], tile_m[1])
-    num_n_blocks = cdiv_tile(seqlen_k, tile_n[0], tile_n[1])
-    if WINDOW:
-        at = tl.maximum(num_m_blocks - 1, 0) * tile_m[0] // q_heads_per_row + seqlen_k - seqlen_q
-        first_key = at - window_left
-        if attention_chunk > 0:
-            into_chunk = at % attention_chunk
-            into_chunk = tl.where(into_chunk < 0, into_chunk + attention_chunk, into_chunk)
+    num_m_blocks = cdiv_tile(rows, n.block_m, n.multiplier_m)
+    num_n_blocks = cdiv_tile(seqlen_k, n.block_n, n.multiplier_n)
+    if LAYOUT.window:
+        at = tl.maximum(num_m_blocks - 1, 0) * n.block_m // n.q_heads_per_row + seqlen_k - seqlen_q
+        first_key = at - n.window_left
+        if n.attention_chunk > 0:
+            into_chunk = at % n.attention_chunk
+            into_chunk = tl.where(into_chunk < 0, into_chunk + n.attention_chunk, into_chunk)
             first_key = tl.maximum(first_key, at - into_chunk)
-        num_n_blocks = tl.maximum(num_n_blocks - floor_div_tile(tl.maximum(first_key, 0), tile_n), 0)
+        num_n_blocks = tl.maximum(num_n_blocks - floor_div_tile(tl.maximum(first_key, 0), n.multiplier_n), 0)
     return tl.where(mask, rows, 0), tl.where(mask, num_m_blocks, 0), tl.where(mask, num_n_blocks, 0)
 
 

@@ -19,7 +19,7 @@ from . import kernel
 from .balance import Costs
 from .builds import MAX_DYNAMIC_SPLIT_BATCH
 from .driver import DriverLaunch, LoadedKernel, load
-from .kernel import TABLE_COLUMNS, prepare_layer_groups_kernel, prepare_varlen_num_blocks_kernel
+from .kernel import Layout, Numbers, prepare_layer_groups_kernel, prepare_varlen_num_blocks_kernel
 from .layout import ROWS, padded
 from .plan import LaunchPlan
 from .problem import DEFAULT_GPU, Problem
@@ -39,9 +39,12 @@ _NO_SEMAPHORE, _SEMAPHORE_FIRST, _SEMAPHORE_LAST = (
     int(place.value) for place in (kernel.NO_SEMAPHORE, kernel.SEMAPHORE_FIRST, kernel.SEMAPHORE_LAST)
 )
 _UNIT_STRIDES = (1, 1, 1, 1, 1)
-_ROWS = ("num_splits_dynamic", "num_m_blocks", "packed_seqlen_q", "varlen_batch_idx", "num_nheads_in_l2")
-if set(_ROWS) != set(ROWS):  # a row that nobody writes would be read as it was
-    raise ImportError(f"the kernels write the rows {', '.join(_ROWS)}, but layouts may have {', '.join(ROWS)}")
+_ROWS = {  # fields of kernel.Layout
+    "splits_row": "num_splits_dynamic", "m_blocks_row": "num_m_blocks", "seqlen_q_row": "packed_seqlen_q",
+    "batch_idx_row": "varlen_batch_idx", "nheads_row": "num_nheads_in_l2",
+}  # fmt: skip
+if set(_ROWS.values()) != set(ROWS):  # a row that nobody writes would be read as it was
+    raise ImportError(f"the kernels write the rows {', '.join(_ROWS.values())}, but layouts may have {', '.join(ROWS)}")
 
 
 def launch_shape(batch_size: int, is_sorted: bool, balanced: bool, gpu: str = DEFAULT_GPU) -> tuple[int, int, int]:
@@ -209,9 +212,8 @@ def layer_groups_launch(problem: Problem, plans: Sequence[LaunchPlan]) -> Launch
 
 
 def layer_groups_table(plans: Sequence[LaunchPlan], starts: Sequence[int]) -> torch.Tensor:
-    """[len(plans), TABLE_COLUMNS] int32 on the CPU: the numbers of each plan, and the start of its metadata."""
+    """[len(plans), kernel.TABLE_COLUMNS] int32 on the CPU: the numbers of each plan, and the start of its metadata."""
     rows = [[*map(_bits, _numbers(plan)), start] for plan, start in zip(plans, starts, strict=True)]
-    assert all(len(row) == TABLE_COLUMNS.value for row in rows)
     return torch.tensor(rows, dtype=torch.int32)
 
 
@@ -245,16 +247,29 @@ def _grid(batch_size: int, slice_: int, layer_groups: int) -> tuple[int, int, in
     return slices or 1, -(-batch_size // MAX_DYNAMIC_SPLIT_BATCH) or 1, layer_groups
 
 
-def _numbers(plan: LaunchPlan) -> tuple[int | float, ...]:
-    """The kernels' arguments from q_heads_per_row to split_cost."""
+def _numbers(plan: LaunchPlan) -> Numbers:
     costs = plan.costs or _NO_COSTS
     share = approximate_reciprocal(plan.num_sms) if plan.costs is None else plan.share_of_load
-    return (
-        plan.q_heads_per_row, plan.block_m, _multiplier(plan.block_m), plan.block_n, _multiplier(plan.block_n),
-        plan.num_splits, plan.num_heads, plan.heads_per_l2_head, plan.max_kvblocks_in_l2, int(plan.is_causal),
-        float(share), plan.window_size[0] if plan.is_local else 0, plan.attention_chunk, costs.fixed_blocks,
-        plan.causal_saving, costs.tile, costs.alone, costs.per_split,
-    )  # fmt: skip
+    return Numbers(
+        q_heads_per_row=plan.q_heads_per_row,
+        block_m=plan.block_m,
+        multiplier_m=_multiplier(plan.block_m),
+        block_n=plan.block_n,
+        multiplier_n=_multiplier(plan.block_n),
+        num_splits=plan.num_splits,
+        num_heads=plan.num_heads,
+        heads_per_l2_head=plan.heads_per_l2_head,
+        max_kvblocks_in_l2=plan.max_kvblocks_in_l2,
+        is_causal=int(plan.is_causal),
+        load_factor=float(share),
+        window_left=plan.window_size[0] if plan.is_local else 0,
+        attention_chunk=plan.attention_chunk,
+        fixed_blocks=costs.fixed_blocks,
+        causal_saving=plan.causal_saving,
+        tile_cost=costs.tile,
+        alone_cost=costs.alone,
+        split_cost=costs.per_split,
+    )
 
 
 def _bits(number: int | float) -> int:
@@ -270,14 +285,21 @@ def _multiplier(tile: int) -> int:
 
 
 def layout_constants(plan: LaunchPlan) -> tuple[Any, ...]:
-    """Place of each of _ROWS or -1, number of rows, their alignment, SEMAPHORE, SPLITS, WINDOW, SHORT."""
+    """A plan's Layout, as the kernels take it: as a plain tuple."""
     layout, names = plan.layout, plan.layout.row_names
-    places = (names.index(row) if row in names else -1 for row in _ROWS)
     semaphore = _NO_SEMAPHORE
     if layout.has_semaphore:
         semaphore = _SEMAPHORE_FIRST if layout.semaphore_first else _SEMAPHORE_LAST
-    window = plan.costs is not None and plan.is_local
-    return (*places, len(names), layout.row_alignment, semaphore, _splits_constant(plan), window, plan.is_short)
+    made = Layout(
+        **{field: names.index(row) if row in names else -1 for field, row in _ROWS.items()},
+        num_rows=len(names),
+        alignment=layout.row_alignment,
+        semaphore=semaphore,
+        splits=_splits_constant(plan),
+        window=plan.costs is not None and plan.is_local,
+        short=plan.is_short,
+    )
+    return tuple(made)
 
 
 def _splits_constant(plan: LaunchPlan) -> int:

@@ -1,13 +1,11 @@
-"""SGLang: its FlashAttention-3 backend with our scheduler metadata. SGLANG.md says what is covered.
+"""SGLang: its FlashAttention-3 backends with our scheduler metadata. SGLANG.md says what is covered.
 
-Two things are done to a backend. The forward that it calls is wrapped (`wrapper.wrap_forward`), so that the layers of
-a captured CUDA graph share metadata that a node of the same graph makes. And where SGLang has a precompute of its own
-(0.5.11 on), its maker is replaced: eager batches get our metadata, made for the page table that the forward will see;
-while graphs are captured the maker answers None, which leaves the layers to the wrapper and drops SGLang's
-make, copy and zero fill before each replay.
-
-Under policy "balanced" the wrapper hands the forward the bound of splits that the metadata was made with. In eager
-batches SGLang hands it 0, for which it takes FA3's own bound, so the maker stays within that one.
+Three things are done to a backend. The forward that it calls is wrapped (`wrapper.wrap_forward`), so that the layers of
+a captured CUDA graph share metadata that a node of the same graph makes. Its `init_forward_metadata` begins a batch
+that is run eagerly, within which its layers share likewise (sglang_step.py). And where SGLang has a precompute of its
+own (0.5.11 on), its maker is replaced: under FA3's policy, eager decode gets our metadata from it, made for the page
+table that the forward will see; in all else the maker answers None, which leaves the layers to the wrapper and drops
+SGLang's make, copy and zero fill before each replay.
 """
 
 from __future__ import annotations
@@ -15,103 +13,58 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from importlib import import_module
+from importlib import import_module, util
+from operator import attrgetter
 from types import ModuleType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 
 from ..api import get_scheduler_metadata
 from ..arguments import device_facts
-from ..install import DISABLE_VARIABLE, is_disabled
 from ..installed import resolve_build
-from ..triton_kernels.problem import POLICIES, checked_choice
-from ..wrapper import wrap_forward
+from ..settings import DISABLE_VARIABLE, is_disabled, read_settings
+from ..wrapper import SchedulePolicy, wrap_forward
+from .late_import import when_imported
+from .once import warn_once
+from .sglang_names import ALL_LAYOUTS, LAYOUTS, SGLangNames
+from .sglang_step import EagerSteps, in_step
 
 _log = logging.getLogger("fa3_metadata")
 _MARK = "_fa3_metadata_attached"
-
-
-@dataclass(frozen=True)
-class SGLangNames:
-    """Everything that the adapter leans on in a range of SGLang versions. tests/test_sglang_contract.py checks it."""
-
-    versions: str
-    marker: str  # "self.NAME" or "module.NAME": what tells this range from those after it in LAYOUTS
-    wrapped: tuple[str, ...]  # the FA3 forwards that layers call, written likewise
-    module: str = "sglang.srt.layers.attention.flashattention_backend"
-    backend: str = "FlashAttentionBackend"
-    attributes: tuple[str, ...] = ("fa_impl_ver",)  # set on the backend by its own methods
-    methods: dict[str, tuple[str, ...]] = field(default_factory=dict)  # name -> parameters after self
-    metadata: str = "FlashAttentionMetadata"
-    metadata_fields: tuple[str, ...] = ()
-    # Keywords of the forward in a decode layer, and of the maker of metadata.
-    forward_keywords: tuple[str, ...] = (
-        "q", "k_cache", "v_cache", "page_table", "cache_seqlens", "cu_seqlens_q", "max_seqlen_q", "causal",
-        "window_size", "softcap", "num_splits",
-    )  # fmt: skip
-    maker_keywords: tuple[str, ...] = ()
-    makers_answer_may_be_none: bool = False  # the callers of the maker test its answer before they use it
-    setting: tuple[str, str] | None = None  # (module, name): false where the forward is not the installed package's
-
-
-LAYOUTS = (
-    SGLangNames(
-        versions="0.5.11 to 0.5.23",
-        marker="self._get_scheduler_metadata",
-        wrapped=("module.flash_attn_with_kvcache",),
-        attributes=(
-            "fa_impl_ver", "_get_scheduler_metadata", "forward_metadata", "decode_cuda_graph_metadata", "page_size",
-        ),
-        methods={
-            "init_forward_metadata": ("forward_batch",),
-            "_compute_scheduler_metadata": ("batch_size", "max_seq_len_k", "cache_seqlens", "cu_seqlens_q"),
-        },
-        metadata_fields=("cache_seqlens_int32", "cu_seqlens_q", "page_table", "scheduler_metadata"),
-        forward_keywords=(*SGLangNames.forward_keywords, "scheduler_metadata", "ver"),
-        maker_keywords=(
-            "batch_size", "max_seqlen_q", "max_seqlen_k", "num_heads", "num_heads_k", "headdim", "cache_seqlens",
-            "qkv_dtype", "cu_seqlens_q", "page_size", "causal", "has_softcap", "num_splits",
-        ),
-        makers_answer_may_be_none=True,
-        setting=("sglang.srt.environ", "SGLANG_USE_SGL_FA3_KERNEL"),
-    ),
-    SGLangNames(
-        versions="0.5.10",
-        marker="self.flash_attn_with_kvcache",
-        wrapped=("self.flash_attn_with_kvcache",),
-        attributes=("fa_impl_ver", "flash_attn_with_kvcache"),
-    ),
-    SGLangNames(
-        versions="0.5.9",
-        marker="module.flash_attn_with_kvcache_fa3",
-        wrapped=("module.flash_attn_with_kvcache", "module.flash_attn_with_kvcache_fa3"),
-    ),
-    SGLangNames(
-        versions="0.5.7 to 0.5.8",
-        marker="module.flash_attn_with_kvcache",
-        wrapped=("module.flash_attn_with_kvcache",),
-    ),
-)  # fmt: skip
+_MAKER = "_get_scheduler_metadata"
+_LAYERS = ("forward_decode", "forward_extend")
+_live: WeakSet[Attached] = WeakSet()
 
 
 class Attached:
-    """A backend that uses our metadata, until `detach()`."""
+    """A backend that uses our metadata, until `detach()`; with `names` None one that is left alone."""
 
-    def __init__(self, backend: Any, module: ModuleType, names: SGLangNames, build: str | None, policy: str) -> None:
+    def __init__(self, backend: Any, names: SGLangNames | None, build: str | None, policy: SchedulePolicy) -> None:
         self.backend, self.names, self.build, self.policy = backend, names, build, policy
+        self._forwards: list[_WrappedForward] = []
+        if names is not None:
+            self._put(names)
+
+    def _put(self, names: SGLangNames) -> None:
+        backend, build, policy = self.backend, self.build, self.policy
         self._is_eager = False
         self._asked: dict[str, Any] | None = None  # what the maker was asked while an eager batch was prepared
-        self._forwards = [_WrappedForward.at(*_place(name, backend, module), build, policy) for name in names.wrapped]
+        self._steps = EagerSteps(backend, alone_too=policy.policy != "fa3")
+        self._forwards = [_WrappedForward.at(*_place(name, backend, names), build, policy) for name in names.wrapped]
         for forward in self._forwards:
             forward.hold()
-        ours = (self._make_or_leave, self._init_forward_metadata) if names.maker_keywords else ()
-        self._ours = dict(zip(("_get_scheduler_metadata", "init_forward_metadata"), ours, strict=False))
-        self._theirs = {name: getattr(backend, name) for name in self._ours}
-        self._before = {name: vars(backend)[name] for name in self._ours if name in vars(backend)}
-        vars(backend).update(self._ours)
+        ours: dict[str, Callable[..., Any]] = {"init_forward_metadata": self._init_forward_metadata}
+        ours |= {name: self._steps.of_layer(getattr(backend, name)) for name in _LAYERS}
+        if names.maker_keywords:
+            ours[_MAKER] = self._make_or_leave
+        self._ours = ours
+        self._theirs = {name: getattr(backend, name) for name in ours}
+        self._before = {name: vars(backend)[name] for name in ours if name in vars(backend)}
+        vars(backend).update(ours)
         setattr(backend, _MARK, self)
+        _live.add(self)
 
     def detach(self) -> None:
         """Undo. Graphs captured meanwhile go on making their own metadata. Does nothing the second time.
@@ -130,83 +83,107 @@ class Attached:
         for forward in self._forwards:
             forward.release()
         delattr(self.backend, _MARK)
+        _live.discard(self)
 
-    def _init_forward_metadata(self, forward_batch: Any) -> None:
+    def _init_forward_metadata(self, *args: Any, **kwargs: Any) -> None:
         """SGLang's, for a batch that runs eagerly; then the metadata, now that the page table is final."""
         self._asked, self._is_eager = None, True
         try:
-            self._theirs["init_forward_metadata"](forward_batch)
+            self._theirs["init_forward_metadata"](*args, **kwargs)
         finally:
             self._is_eager = False
         if self._asked is not None:
             metadata = self.backend.forward_metadata
             metadata.scheduler_metadata = self._make(self._asked, metadata)
             self._asked = None
+        self._steps.begin()
 
     def _make_or_leave(self, **asked: Any) -> torch.Tensor | None:
-        """In place of SGLang's maker, which it calls for decode without speculation, and not for MLA."""
+        """In place of SGLang's maker, which it calls for decode without speculation, and not for MLA.
+
+        Layers that are handed their metadata cost the host least. Under another policy they are not: the bound of its
+        splits is ours, and the wrapped forward alone can say so to FA3.
+        """
         if self._is_eager:
-            self._asked = asked
+            self._asked = asked if self.policy.policy == "fa3" else None
             return None
         metadata = self.backend.decode_cuda_graph_metadata.get(asked["batch_size"])
         if metadata is None or metadata.scheduler_metadata is None:
             return None  # under capture: the wrapped forward makes it inside the graph
-        return self._theirs["_get_scheduler_metadata"](**asked)  # captured before we came: it reads SGLang's buffer
+        return self._theirs[_MAKER](**asked)  # captured before we came: it reads SGLang's buffer
 
     def _make(self, asked: dict[str, Any], metadata: Any) -> torch.Tensor | None:
         """The metadata of `asked` for the tensors that the forward will be given.
 
         SGLang asks for the longest sequence of the batch, FA3 looks at the width of the page table: a different
-        number of splits may follow, and more of them than the forward has room for must never get there. For the same
-        reason "balanced" is bound by what the forward will come to by itself, whoever calls it with this tensor.
+        number of splits may follow, and more of them than the forward has room for must never get there.
         """
         if device_facts(metadata.cache_seqlens_int32.device, None, None)[0] < 90:
-            return None  # sm_8x sizes the tensor by num_splits, and the forward is called with 0: SGLang issue 22800
+            # sm_8x sizes the tensor by num_splits, and SGLang hands the forward 0 (SGLang issue 22800): layers without
+            # metadata are the wrapper's, which tells the forward.
+            return None
         asked = asked | {
             "cache_seqlens": metadata.cache_seqlens_int32,
             "cu_seqlens_q": metadata.cu_seqlens_q,
             "max_seqlen_k": metadata.page_table.shape[1] * self.backend.page_size,
         }
-        made = get_scheduler_metadata(**asked, build=self.build, policy=self.policy, forward_is_told=False)
+        made = get_scheduler_metadata(**asked, build=self.build, forward_is_told=False)
         shape = (asked["num_heads"], asked["num_heads_k"], asked["headdim"], asked["headdim"])
         total_q = asked["batch_size"] * asked["max_seqlen_q"]  # what the bound on splits of some builds counts
         setattr(made, _MARK, (*shape, total_q if resolve_build(self.build)[1].bound_depends_on_batch else None))
         return made
 
 
-def attach(backend: Any, build: str | None = None, policy: str = "fa3") -> Attached:
-    """Make a live SGLang `FlashAttentionBackend` use our scheduler metadata. Idempotent.
+def attach(backend: Any, build: str | None = None, policy: str = "fa3", *, batch_invariant: bool = False) -> Attached:
+    """Make a live FlashAttention-3 backend of SGLang use our scheduler metadata. Idempotent.
 
     Best before CUDA graphs are captured: those captured earlier keep what they have. Where SGLang keeps the forward in
-    a module, the other FA3 backends of the process use the wrapped one too.
+    a module, the other FA3 backends of the process use the wrapped one too. Where the environment variable
+    FA3_METADATA_DISABLE is set to anything but 0 the backend is left alone.
 
     Args:
-        backend: the object; of a composed backend, the FlashAttentionBackend inside.
+        backend: the object, of a class in `ALL_LAYOUTS` (sglang_names.py); of a composed backend, the one inside.
         build: the FA3 build behind its forward; None: the detected one.
-        policy: "fa3" or "balanced", as for `get_scheduler_metadata`. In eager batches "balanced" keeps FA3's own bound
-            of splits.
+        policy, batch_invariant: as for `get_scheduler_metadata`.
 
     Raises:
         TypeError: `backend` is something else.
-        ValueError: `policy` is not known, or the backend or its forward is attached already with another one.
-        RuntimeError: it runs another FlashAttention, or an SGLang whose names differ from those in LAYOUTS.
+        ValueError: `policy` is not known or does not go with `batch_invariant`, or the backend or its forward is
+            attached already with another one.
+        RuntimeError: it runs another FlashAttention, or an SGLang whose names differ from those in `ALL_LAYOUTS`.
     """
-    checked_choice("policy", policy, POLICIES)
+    chosen = SchedulePolicy(policy, batch_invariant)
     if attached := vars(backend).get(_MARK) if hasattr(backend, "__dict__") else None:
-        if attached.policy != policy:
-            raise ValueError(f"policy must be {attached.policy!r}, with which backend is attached, got {policy!r}")
+        _check_policy(attached.policy, chosen, "with which backend is attached")
         return attached
-    kind, wanted = type(backend), LAYOUTS[0]
-    if (kind.__module__, kind.__qualname__) != (wanted.module, wanted.backend):
-        raise TypeError(f"backend must be {wanted.module}.{wanted.backend}, got {kind.__module__}.{kind.__qualname__}")
-    module = import_module(wanted.module)
-    if (version := getattr(backend, "fa_impl_ver", None)) != 3:
-        raise RuntimeError(f"backend must run FlashAttention 3 (fa_impl_ver), got {version!r}")
-    names = next((names for names in LAYOUTS if hasattr(*_place(names.marker, backend, module))), None)
-    if names is None:
-        markers = ", ".join(names.marker for names in LAYOUTS)
+    if is_disabled():
+        _log.info("scheduler metadata: SGLang is left alone, since %s is set", DISABLE_VARIABLE)
+        return Attached(backend, None, build, chosen)
+    names = _names_of(backend)
+    attached = Attached(backend, names, build, chosen)
+    if any(forward.holders == 1 for forward in attached._forwards):
+        _log.info(
+            "scheduler metadata: attached to the %s of SGLang %s%s", names.backend, names.versions, _under(chosen)
+        )
+    return attached
+
+
+def _names_of(backend: Any) -> SGLangNames:
+    """The layout that `backend` fits; raises what `attach` says."""
+    kind = type(backend)
+    known = {(names.module, names.backend): names for names in ALL_LAYOUTS}
+    if (kind.__module__, kind.__qualname__) not in known:
+        allowed = ", ".join(".".join(one) for one in known)
+        raise TypeError(f"backend must be {allowed}, got {kind.__module__}.{kind.__qualname__}")
+    layouts = [names for names in ALL_LAYOUTS if (names.module, names.backend) == (kind.__module__, kind.__qualname__)]
+    if (version := _version_of(backend, layouts[0])) != 3:
+        raise RuntimeError(f"backend must run FlashAttention 3 ({layouts[0].version}), got {version!r}")
+    has_marker = [names for names in layouts if hasattr(*_place(names.marker, backend, names))]
+    if not has_marker:
+        markers = ", ".join(dict.fromkeys(names.marker for names in layouts))
         raise RuntimeError(f"backend must have one of {markers}, got none: this SGLang is not supported")
-    if missing := _missing(names, backend, module):
+    names = has_marker[0]
+    if missing := _missing(names, backend):
         raise RuntimeError(
             f"backend must be like that of SGLang {names.versions}, got one without {', '.join(missing)}: "
             f"this SGLang is not supported"
@@ -215,79 +192,176 @@ def attach(backend: Any, build: str | None = None, policy: str = "fa3") -> Attac
         raise RuntimeError(
             f"{names.setting[1]} must be true, so that the forward is the installed sglang-kernel's, got false"
         )
-    attached = Attached(backend, module, names, build, policy)
-    under = "" if policy == "fa3" else f", policy {policy}"
-    _log.info("scheduler metadata: attached to the %s of SGLang %s%s", names.backend, names.versions, under)
-    return attached
+    return names
 
 
-def attach_new_backends(build: str | None = None, policy: str = "fa3") -> Callable[[], None]:
-    """`attach` every `FlashAttentionBackend` that this process creates from now on. Idempotent.
+def _version_of(backend: Any, names: SGLangNames) -> Any:
+    """The FlashAttention that a backend runs."""
+    try:
+        return 3 if names.version is None else attrgetter(names.version)(backend)
+    except AttributeError:
+        return None
 
-    Backends are created in SGLang's scheduler processes, so call it where those will run it: in an SGLang plugin, or
-    at the top level of the script that launches the server (see SGLANG.md). Returns what undoes it for later ones.
-    Creating a backend raises what `attach` raises. Does nothing where the environment variable FA3_METADATA_DISABLE is
-    set to anything but 0. Raises `ValueError` for a `policy` that is not known or not that of an earlier call.
+
+def _check_policy(has: SchedulePolicy, wanted: SchedulePolicy, where: str) -> None:
+    for name in ("policy", "batch_invariant"):
+        ours, theirs = getattr(has, name), getattr(wanted, name)
+        if ours != theirs:
+            raise ValueError(f"{name} must be {ours!r}, {where}, got {theirs!r}")
+
+
+def _under(policy: SchedulePolicy) -> str:
+    if policy.policy == "fa3":
+        return ""
+    return f", policy {policy.policy}{', batch invariant' if policy.batch_invariant else ''}"
+
+
+class _NewBackends:
+    """The classes whose new backends are attached; those that SGLang has not imported are waited for."""
+
+    def __init__(self, build: str | None, policy: SchedulePolicy, strict: bool) -> None:
+        self.build, self.policy, self.strict = build, policy, strict
+        self._hooked: list[tuple[Any, Any, Any]] = []  # class, its __init__, ours
+        kinds = dict.fromkeys((names.module, names.backend) for names in ALL_LAYOUTS)
+        self._waiting = [when_imported(module, functools.partial(self._hook, name)) for module, name in kinds]
+
+    def _hook(self, name: str, module: ModuleType) -> None:
+        kind = getattr(module, name, None)
+        if kind is None:
+            self._left_alone(f"{module.__name__} has no {name}: this SGLang is not supported")
+            return
+        if kind.__module__ != module.__name__:  # an old name of a class that is waited for where it is
+            return
+        original = kind.__init__
+
+        @functools.wraps(original)
+        def init_and_attach(backend: Any, *args: Any, **kwargs: Any) -> None:
+            original(backend, *args, **kwargs)
+            if type(backend) is kind:  # what derives from it, for other platforms, brings forwards of its own
+                self._attach(backend)
+
+        self._hooked.append((kind, original, init_and_attach))
+        kind.__init__ = init_and_attach
+
+    def _attach(self, backend: Any) -> None:
+        try:
+            attach(backend, self.build, self.policy.policy, batch_invariant=self.policy.batch_invariant)
+        except (TypeError, ValueError, RuntimeError) as error:
+            if self.strict:
+                raise
+            self._left_alone(f"{type(backend).__name__}: {error}")
+
+    def _left_alone(self, reason: str) -> None:
+        if self.strict:
+            raise RuntimeError(reason)
+        warn_once(_log, f"SGLang is left alone, which works as without fa3-metadata: {reason}")
+
+    def undo(self) -> None:
+        global _new_backends
+        if _new_backends is not self:
+            return
+        _new_backends = None
+        for call_off in self._waiting:
+            call_off()
+        for kind, original, ours in self._hooked:
+            if kind.__init__ is ours:
+                kind.__init__ = original
+
+
+_new_backends: _NewBackends | None = None
+
+
+def attach_new_backends(
+    build: str | None = None,
+    policy: str | None = None,
+    *,
+    batch_invariant: bool | None = None,
+    strict: bool | None = None,
+) -> Callable[[], None]:
+    """`attach` every FlashAttention-3 backend that this process creates from now on. Idempotent.
+
+    This is what the plugin does. Backends are created in SGLang's scheduler processes, so without plugins call it where
+    those will run it: at the top level of the script that launches the server (see SGLANG.md). It imports nothing of
+    SGLang: a module is waited for. Returns what undoes it for later backends. A backend that cannot be attached to, one
+    that runs FlashAttention 4 for instance, is left alone, with a warning that says why; with `strict` creating it
+    raises what `attach` raises. Does nothing where the environment variable FA3_METADATA_DISABLE is set to anything
+    but 0.
+
+    `policy`, `batch_invariant` and `strict` are None for what the environment says (settings.py lists the variables).
+
+    Raises:
+        ModuleNotFoundError: SGLang is not installed.
+        ValueError: `policy` is not known, does not go with `batch_invariant`, or is not that of an earlier call.
     """
-    checked_choice("policy", policy, POLICIES)
+    global _new_backends
+    settings = read_settings(functools.partial(warn_once, _log))
+    chosen = SchedulePolicy(
+        settings.policy if policy is None else policy,
+        settings.batch_invariant and policy is None if batch_invariant is None else batch_invariant,
+    )
     if is_disabled():
         _log.info("scheduler metadata: SGLang is left alone, since %s is set", DISABLE_VARIABLE)
         return lambda: None
-    kind = getattr(import_module(LAYOUTS[0].module), LAYOUTS[0].backend)
-    original = kind.__init__
-    if earlier := getattr(original, _MARK, None):
-        undo, its_policy = earlier
-        if its_policy != policy:
-            raise ValueError(f"policy must be {its_policy!r}, with which new backends are attached, got {policy!r}")
-        return undo
-
-    @functools.wraps(original)
-    def init_and_attach(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        attach(self, build, policy)
-
-    def undo_it() -> None:
-        if kind.__init__ is init_and_attach:
-            kind.__init__ = original
-
-    setattr(init_and_attach, _MARK, (undo_it, policy))
-    kind.__init__ = init_and_attach
-    return undo_it
+    if _new_backends is not None:
+        _check_policy(_new_backends.policy, chosen, "with which new backends are attached")
+        return _new_backends.undo
+    if not _is_installed("sglang"):
+        raise ModuleNotFoundError("SGLang is not installed: there are no backends to attach to", name="sglang")
+    _new_backends = _NewBackends(build, chosen, settings.strict if strict is None else strict)
+    return _new_backends.undo
 
 
-def _place(name: str, backend: Any, module: ModuleType) -> tuple[Any, str]:
+def attached_now() -> str | None:
+    """What is attached in this process, in words; None: nothing."""
+    said = [f"{one.names.backend}{_under(one.policy)}" for one in list(_live) if one.names is not None]
+    said = [f"{said.count(one)} x {one}" for one in sorted(set(said))]
+    if _new_backends is not None:
+        said.append(f"every new backend{_under(_new_backends.policy)}")
+    return "; ".join(said) or None
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return util.find_spec(package) is not None
+    except ValueError:  # a module without a spec has been put in its place
+        return True
+
+
+def _place(name: str, backend: Any, names: SGLangNames) -> tuple[Any, str]:
     """(owner, attribute) of "self.NAME" or "module.NAME"."""
     owner, _, attribute = name.partition(".")
-    return {"self": backend, "module": module}[owner], attribute
+    return backend if owner == "self" else import_module(names.where), attribute
 
 
-def _missing(names: SGLangNames, backend: Any, module: ModuleType) -> list[str]:
+def _missing(names: SGLangNames, backend: Any) -> list[str]:
     """What a live backend lacks of `names`."""
     wanted = [*names.wrapped, *(f"self.{name}" for name in (*names.attributes, *names.methods))]
-    missing = [name for name in dict.fromkeys(wanted) if not hasattr(*_place(name, backend, module))]
-    metadata = getattr(module, names.metadata, None)
+    missing = [name for name in dict.fromkeys(wanted) if not hasattr(*_place(name, backend, names))]
+    metadata = getattr(import_module(names.module), names.metadata, None)
     return missing + [f"{names.metadata}.{name}" for name in names.metadata_fields if not hasattr(metadata, name)]
 
 
 class _WrappedForward:
     """A forward wrapped where `owner` keeps it, shared by the backends that hold it: the last one puts it back."""
 
-    def __init__(self, owner: Any, name: str, build: str, policy: str) -> None:
+    def __init__(self, owner: Any, name: str, build: str, policy: SchedulePolicy) -> None:
         self.owner, self.name, self.build, self.policy, self.holders = owner, name, build, policy, 0
         self.theirs: Callable[..., Any] = getattr(owner, name)
-        self.ours = _withhold_misfits(self.theirs, wrap_forward(self.theirs, build, policy))
+        ours = wrap_forward(self.theirs, build, policy.policy, batch_invariant=policy.batch_invariant)
+        self.ours = _for_layers(self.theirs, ours)
         setattr(self.ours, _MARK, self)
 
     @classmethod
-    def at(cls, owner: Any, name: str, build: str | None, policy: str) -> _WrappedForward:
+    def at(cls, owner: Any, name: str, build: str | None, policy: SchedulePolicy) -> _WrappedForward:
         """The one in place, else a new one. `ValueError` where the one in place is for another build or policy."""
         build = resolve_build(build)[0]
         found: _WrappedForward | None = getattr(getattr(owner, name), _MARK, None)
-        if found is not None and found.build != build:
+        if found is None:
+            return cls(owner, name, build, policy)
+        if found.build != build:
             raise ValueError(f"build must be {found.build!r}, for which {name} is wrapped already, got {build!r}")
-        if found is not None and found.policy != policy:
-            raise ValueError(f"policy must be {found.policy!r}, with which {name} is wrapped already, got {policy!r}")
-        return found or cls(owner, name, build, policy)
+        _check_policy(found.policy, policy, f"with which {name} is wrapped already")
+        return found
 
     def hold(self) -> None:
         self.holders += 1
@@ -299,17 +373,20 @@ class _WrappedForward:
             setattr(self.owner, self.name, self.theirs)
 
 
-def _withhold_misfits(forward: Callable[..., Any], with_metadata: Callable[..., Any]) -> Callable[..., Any]:
-    """`with_metadata`, without metadata of ours where a layer's shape is not that of the model's configuration.
+def _for_layers(forward: Callable[..., Any], with_metadata: Callable[..., Any]) -> Callable[..., Any]:
+    """`with_metadata`, in the step of the layer that calls it; `forward` as it is for another FlashAttention.
 
-    SGLang asks for it once, with the head counts and head dim of the configuration, and hands it to every
-    full-attention layer; a layer with another head dim of v, say, would read a schedule that is not its own. Nor where
-    the batch has been padded with queries since, and the bound on splits counts them (sglang-kernel 0.4.5 and later):
-    the forward would have room for other splits.
+    Without metadata of ours where a layer's shape is not that of the model's configuration: SGLang asks for it once,
+    with the head counts and head dim of the configuration, and hands it to every full-attention layer; a layer with
+    another head dim of v, say, would read a schedule that is not its own. Nor where the batch has been padded with
+    queries since, and the bound on splits counts them (sglang-kernel 0.4.5 and later): the forward would have room for
+    other splits.
     """
 
     @functools.wraps(forward)
-    def checked(*args: Any, **kwargs: Any) -> Any:
+    def attend(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("ver", 3) != 3 or torch.compiler.is_compiling():
+            return forward(*args, **kwargs)
         made_for = getattr(kwargs.get("scheduler_metadata"), _MARK, None)
         if made_for is not None:
             q, k_cache, v_cache = kwargs["q"], kwargs["k_cache"], kwargs["v_cache"]
@@ -317,6 +394,9 @@ def _withhold_misfits(forward: Callable[..., Any], with_metadata: Callable[..., 
             fits = shape == [q.shape[-2], k_cache.shape[-2], q.shape[-1], v_cache.shape[-1]]
             if not fits or (total_q is not None and total_q != q.shape[:-2].numel()):
                 kwargs["scheduler_metadata"] = None
-        return with_metadata(*args, **kwargs)
+        return in_step(with_metadata, *args, **kwargs)
 
-    return checked
+    return attend
+
+
+__all__ = ["ALL_LAYOUTS", "LAYOUTS", "Attached", "SGLangNames", "attach", "attach_new_backends"]

@@ -6,12 +6,17 @@ import ast
 import copy
 import difflib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
+from functools import lru_cache
 from importlib import util
 from pathlib import Path
 
 _SUBJECT = "schedule"  # functions, and imported names, with this in their name
-_STATE = ("self.scheduler_metadata", "self.use_full_cuda_graph = ")
+_NAMED = ("flash_attn_varlen_func", "set_forward_context")  # more of them, whose parameters differ by version
+_STATE = (
+    "self.scheduler_metadata", "self.use_full_cuda_graph = ", "self.aot_schedule = ", "self.aot_sliding_window",
+    "common_prefix_len > 0",
+)  # fmt: skip
 _FunctionDef = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -20,8 +25,10 @@ def source_facts(source: str) -> list[str]:
 
     from module import name                 an import, at module level, under `if` and `try` too
     def function(parameters)                also Class.method; with the defaults
+    function takes parameter                of the functions whose parameters differ by version
     function: 2 x callee(keyword, _, ...)   how often a function calls what, with which arguments; _: by position
-    function: statement                     an assignment or return that has to do with the persistent buffer
+    function: statement                     an assignment, return or `if` that has to do with the builder's state
+    function: keyword=value                 an argument that has to do with it
     """
     return list(dict.fromkeys(_module_facts(ast.parse(source))))
 
@@ -31,7 +38,7 @@ def _module_facts(node: ast.AST) -> Iterator[str]:
         if isinstance(child, ast.If | ast.Try):
             yield from _module_facts(child)
         elif isinstance(child, ast.ImportFrom):
-            names = (ast.unparse(name) for name in child.names if _SUBJECT in name.name)
+            names = (ast.unparse(name) for name in child.names if _SUBJECT in name.name or name.name in _NAMED)
             yield from (f"from {'.' * child.level}{child.module or ''} import {name}" for name in names)
         elif isinstance(child, _FunctionDef):
             yield from _function_facts(child, child.name)
@@ -48,31 +55,47 @@ def _function_facts(function: _FunctionDef, name: str) -> Iterator[str]:
             if isinstance(node, ast.arg):
                 node.annotation = None
         yield f"def {name}({ast.unparse(parameters)})"
+    if name in _NAMED:
+        parameters = function.args
+        yield from (f"{name} takes {one.arg}" for one in (*parameters.args, *parameters.kwonlyargs))
     calls: Counter[str] = Counter()
     for node in ast.walk(function):
         if isinstance(node, ast.Call) and _SUBJECT in (callee := ast.unparse(node.func)):
             keywords = [keyword.arg or "**" for keyword in node.keywords]
             calls[f"{callee}({', '.join(['_'] * len(node.args) + keywords)})"] += 1
-        elif isinstance(node, ast.Assign | ast.Return) and any(part in (text := ast.unparse(node)) for part in _STATE):
+        elif isinstance(node, ast.Assign | ast.Return | ast.keyword) and _is_state(text := ast.unparse(node)):
             yield f"{name}: {text}"
+        elif isinstance(node, ast.If) and _is_state(text := ast.unparse(node.test)):
+            yield f"{name}: if {text}"
     yield from (f"{name}: {times} x {call}" for call, times in calls.items())
 
 
-def broken_facts(leans_on: Mapping[str, tuple[str, ...]], read_source: Callable[[str], str | None]) -> list[str]:
-    """What does not hold of the facts wanted of each module, in words: what was expected, what is there instead."""
-    sources = {module: read_source(module) for module in leans_on}
-    found = {module: None if source is None else source_facts(source) for module, source in sources.items()}
-    return [line for module, wanted in leans_on.items() for line in missing_facts(module, wanted, found[module])]
+def _is_state(text: str) -> bool:
+    return any(part in text for part in _STATE)
 
 
 def missing_facts(module: str, wanted: tuple[str, ...], found: list[str] | None) -> list[str]:
-    """As `broken_facts`, for one module of which these facts were found; None: there is no such module."""
+    """What does not hold of the facts wanted of a module, in words: what was expected, what is there instead.
+
+    `found` are the facts about its source; None: there is no such module.
+    """
     if found is None:
         return [f"{module}: expected this module, found none"]
     nearest = {fact: difflib.get_close_matches(fact, found, n=1, cutoff=0.0) for fact in wanted if fact not in found}
     return [
         f"{module}: expected `{fact}`, found {f'`{near[0]}`' if near else 'none'}" for fact, near in nearest.items()
     ]
+
+
+def installed_facts(module: str) -> list[str] | None:
+    """Facts about the source of a module of an installed package; None: there is no such module."""
+    source = installed_source(module)
+    return None if source is None else list(_known_facts(source))
+
+
+@lru_cache(maxsize=16)
+def _known_facts(source: str) -> tuple[str, ...]:
+    return tuple(source_facts(source))
 
 
 def installed_source(module: str) -> str | None:

@@ -1,7 +1,8 @@
 """vLLM: its `get_scheduler_metadata`, made by ours, and `attach`, which makes vLLM call it. VLLM.md says how.
 
 vLLM's metadata builders make the tensor once a step and hand it to every layer, together with the `num_splits` it
-was made for. So the function they call is all there is to replace.
+was made for: there, the function that they call is all there is to replace. Where they make none, the builder is told
+what it lacks (vllm_windows.py), or the forward makes it (vllm_forward.py).
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import logging
 import os
 import sys
 import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -20,67 +23,25 @@ from .. import api
 from ..installed import BUILD_VARIABLE, installed_version
 from ..triton_kernels.builds import rules_for
 from ..triton_kernels.problem import MAX_HEADDIM, POLICIES, checked_choice
-from .source_facts import broken_facts, installed_source
-from .vllm_in_place import BUFFER, WRAPS
-from .vllm_in_place import GQA_BUILDER as _GQA
-from .vllm_in_place import MLA_BUILDER as _MLA
-
-INTERFACE = "vllm.vllm_flash_attn.flash_attn_interface"  # defines the function; stays as it is
-FA_UTILS = "vllm.v1.attention.backends.fa_utils"  # where the backends import it from
-GQA = "vllm.v1.attention.backends.flash_attn"
-MLA = "vllm.v1.attention.backends.mla.flashattn_mla"
-NAME = "get_scheduler_metadata"
-_SHAPE = "batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim, cache_seqlens"
-_GQA_ASKS = "aot_schedule, batch_size, cu_query_lens, max_query_len, seqlens, max_seq_len, causal, max_num_splits"
-_MLA_ASKS = "num_reqs, cu_query_lens, max_query_len, seqlens, max_seq_len, causal, max_num_splits"
-_BUFFER = (
-    "self.use_full_cuda_graph = self.compilation_config.cudagraph_mode.has_full_cudagraphs()",
-    "self.scheduler_metadata = torch.zeros(1 + round_up(max_batch_size, 4) * 4, dtype=torch.int32, device=self.device)",
+from .source_facts import installed_facts
+from .vllm_forward import with_metadata, with_steps
+from .vllm_in_place import BUFFER, built_in_buffer, kept_in_buffer, made_in_buffer
+from .vllm_names import (
+    CONTEXT,
+    ENTER,
+    FA_UTILS,
+    FORWARD,
+    GQA,
+    GQA_BUILDER,
+    INTERFACE,
+    MLA,
+    MLA_BUILDER,
+    NAME,
+    FactsOf,
+    Layout,
+    layout_of,
 )
-_STORES = ("self.scheduler_metadata[:n] = scheduler_metadata", "self.scheduler_metadata[n:] = 0")
-
-# All that this file leans on in vLLM: for what -> module -> facts about its source, in the words of `source_facts`.
-LEANS_ON: dict[str, dict[str, tuple[str, ...]]] = {
-    "attach": {
-        INTERFACE: (
-            f"def {NAME}({_SHAPE}, qkv_dtype=torch.bfloat16, headdim_v=None, cu_seqlens_q=None, "
-            "cu_seqlens_k_new=None, cache_leftpad=None, page_size=None, max_seqlen_k_new=0, causal=False, "
-            "window_size=(-1, -1), has_softcap=False, num_splits=0, pack_gqa=None, sm_margin=0)",
-        ),
-        "vllm.vllm_flash_attn": (f"from {INTERFACE} import {NAME}",),
-        FA_UTILS: (f"from vllm.vllm_flash_attn import {NAME}",),
-        GQA: (
-            f"from {FA_UTILS} import {NAME}",
-            f"{_GQA}._get_scheduler_metadata: 1 x {NAME}({_SHAPE}, qkv_dtype, cu_seqlens_q, page_size, causal, "
-            "window_size, num_splits)",
-        ),
-        MLA: (
-            f"from {FA_UTILS} import {NAME}",
-            f"{_MLA}._schedule_decode: 1 x {NAME}({_SHAPE}, qkv_dtype, headdim_v, page_size, cu_seqlens_q, causal, "
-            "num_splits)",
-        ),
-    },
-    # Making the tensor in the buffer is sound as long as what is made is what is stored next: one call, one store.
-    "in_place": {
-        GQA: (
-            f"def {_GQA}._get_scheduler_metadata(self, *, {_GQA_ASKS})",
-            f"def {_GQA}._store_scheduler_metadata(self, scheduler_metadata)",
-            *(f"{_GQA}._store_scheduler_metadata: {line}" for line in _STORES),
-            f"{_GQA}._store_scheduler_metadata: return self.scheduler_metadata[:n]",
-            *(f"{_GQA}.__init__: {line}" for line in _BUFFER),
-            f"{_GQA}.build: 2 x self._get_scheduler_metadata({_GQA_ASKS})",  # in the two branches of one `if`
-            f"{_GQA}.build: 1 x self._store_scheduler_metadata(_)",
-            f"{_GQA}.update_draft_decode_metadata: 1 x self._get_scheduler_metadata({_GQA_ASKS})",
-            f"{_GQA}.update_draft_decode_metadata: 1 x self._store_scheduler_metadata(_)",
-        ),
-        MLA: (
-            f"def {_MLA}._schedule_decode(self, {_MLA_ASKS})",
-            *(f"{_MLA}.__init__: {line}" for line in _BUFFER),
-            f"{_MLA}._build_decode: 1 x self._schedule_decode({_MLA_ASKS})",
-            *(f"{_MLA}._build_decode: {line}" for line in _STORES),
-        ),
-    },
-}
+from .vllm_windows import windows_told
 
 _log = logging.getLogger("vllm.fa3_metadata")  # below vLLM's own logger, so that its handlers print it
 _lock = threading.RLock()
@@ -128,8 +89,8 @@ def get_scheduler_metadata(
             headdim_v, cu_seqlens_q, cu_seqlens_k_new, cache_leftpad, page_size, max_seqlen_k_new, causal, window_size,
             has_softcap, num_splits, pack_gqa, sm_margin,
         )  # fmt: skip
-    if attached is not None and (attached.waiting or not attached.used):
-        attached.catch_up(called=True)
+    if attached is not None:
+        attached._called()
     build, policy = (vllm_build(), "fa3") if attached is None else (attached.build, attached.policy)
     return api.get_scheduler_metadata(
         batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim, cache_seqlens, qkv_dtype,
@@ -155,17 +116,40 @@ def vllm_build() -> str:
 _vllm_version = functools.lru_cache(maxsize=1)(installed_version)
 
 
-def attach(in_place: bool = False, policy: str = "fa3") -> Attached:
-    """Make vLLM's FlashAttention backends, GQA and MLA, call our `get_scheduler_metadata`, in this process.
+def why_not(
+    facts_of: FactsOf = installed_facts, build: str | None = None, in_place: bool = False
+) -> tuple[Layout, str | None]:
+    """The layout of a vLLM, and why `attach` refuses it, or None. Read from its source; nothing is imported.
 
-    To be called in every process that runs attention, at any time; backend modules that vLLM imports later get it
-    too. Attaching again returns the same `Attached`. With `in_place`, builders that keep the metadata in a buffer
-    for CUDA graphs have it made there, instead of a new tensor that is copied. `policy` is "fa3" or "balanced": see
-    `fa3_metadata.get_scheduler_metadata`, and `get_scheduler_metadata` here for the bound of its splits.
+    Args:
+        facts_of: facts about the source of a module, by its name; those of the installed vLLM.
+        build: such as "vllm-0.33.0"; None: see `vllm_build`.
+        in_place: as for `attach`.
+    """
+    layout, broken = layout_of(facts_of, in_place)
+    try:
+        rules_for(vllm_build() if build is None else build)
+    except RuntimeError as error:
+        return layout, str(error)
+    except ValueError as error:
+        return layout, f"cannot attach to this vLLM: {error}; {BUILD_VARIABLE} overrides it"
+    if broken:
+        expected = f"vLLM is not laid out as expected (nearest: {layout.versions}); nothing was changed:"
+        return layout, "\n".join([expected, *broken])
+    return layout, None
+
+
+def attach(in_place: bool = False, policy: str = "fa3") -> Attached:
+    """Make vLLM's FlashAttention-3 layers use our metadata, in this process: VLLM.md says which get it how.
+
+    To be called in every process that runs attention, before CUDA graphs are captured; modules that vLLM imports later
+    get it too. Attaching again returns the same `Attached`. With `in_place`, builders that keep the metadata in a
+    buffer for CUDA graphs have it made there, instead of a new tensor that is copied. `policy` is "fa3" or "balanced":
+    see `fa3_metadata.get_scheduler_metadata`, and `get_scheduler_metadata` here for the bound of its splits.
 
     Raises `ValueError` for another policy, and `RuntimeError`, with nothing changed, where vLLM is missing, has an
-    unsupported version, runs on another platform than CUDA, is not laid out as `LEANS_ON` says, or is attached already
-    with the other `in_place` or policy.
+    unsupported version, runs on another platform than CUDA, is laid out otherwise than in any of `LAYOUTS`
+    (vllm_names.py), or is attached already with the other `in_place` or policy.
     """
     global _attached
     checked_choice("policy", policy, POLICIES)
@@ -175,17 +159,13 @@ def attach(in_place: bool = False, policy: str = "fa3") -> Attached:
                 if has != wanted:
                     raise RuntimeError(f"already attached with {name}={has!r}: call detach() first")
             return _attached
+        layout, reason = why_not(in_place=in_place)
+        if reason is not None:
+            raise RuntimeError(reason)
         build = vllm_build()
-        try:
-            rules_for(build)
-        except ValueError as error:
-            raise RuntimeError(f"cannot attach to this vLLM: {error}; {BUILD_VARIABLE} overrides it") from error
-        parts = [LEANS_ON["attach"], LEANS_ON["in_place"]] if in_place else [LEANS_ON["attach"]]
-        if broken := [line for leans_on in parts for line in broken_facts(leans_on, installed_source)]:
-            raise RuntimeError("vLLM is not laid out as expected; nothing was changed:\n" + "\n".join(broken))
         made = Attached(build, in_place, policy)
         try:
-            made._put()
+            made._put(layout)
         except BaseException:
             made._restore()
             raise
@@ -195,53 +175,97 @@ def attach(in_place: bool = False, policy: str = "fa3") -> Attached:
         return made
 
 
+@dataclass(frozen=True)
+class _Replaced:
+    """A function of vLLM's that every module of vLLM has ours for, but for those named."""
+
+    name: str
+    own: Any
+    ours: Any
+    but: tuple[str, ...] = ()
+
+    def put(self) -> None:
+        for name in _modules_with(self.name, self.own):
+            if name not in self.but:
+                setattr(sys.modules[name], self.name, self.ours)
+
+    def restore(self) -> None:
+        for name in _modules_with(self.name, self.ours):  # others too that have imported it since
+            setattr(sys.modules[name], self.name, self.own)
+
+
+_Wraps = dict[str, tuple[str, Mapping[str, Callable[..., Any]]]]  # module -> builder class, and its methods to replace
+
+
 class Attached:
-    """What `attach` changed. `build` is imitated; `used` says whether vLLM has called our function."""
+    """What `attach` changed. `build` is imitated; `used` says whether vLLM has asked us for metadata."""
 
     def __init__(self, build: str, in_place: bool, policy: str = "fa3") -> None:
         self.build, self.in_place, self.policy, self.used = build, in_place, policy, False
-        self.waiting = {GQA: _GQA, MLA: _MLA} if in_place else {}  # builders not changed yet: module -> class
-        self._own: Any = None  # vLLM's function
+        self._wraps: _Wraps = {}  # of builders not changed yet
+        self._replaced: list[_Replaced] = []
         self._methods: list[tuple[type, str, Any, Any]] = []  # class, name, vLLM's, ours
 
     @property
     def modules(self) -> list[str]:
-        """The imported vLLM modules that call our function now."""
-        names = [name for name in tuple(sys.modules) if name.startswith("vllm.")]
-        return sorted(name for name in names if vars(sys.modules[name]).get(NAME) is get_scheduler_metadata)
+        """The imported vLLM modules that call our `get_scheduler_metadata` now."""
+        return _modules_with(NAME, get_scheduler_metadata)
 
-    def _put(self) -> None:
+    @property
+    def waiting(self) -> dict[str, str]:
+        """The builders that are not changed yet, since vLLM has not imported them: module -> class."""
+        return {module: name for module, (name, _) in self._wraps.items()}
+
+    def _put(self, layout: Layout) -> None:
         try:
-            self._own = getattr(import_module(INTERFACE), NAME)
+            own, forward = (getattr(import_module(INTERFACE), name) for name in (NAME, FORWARD))
+            enter = getattr(import_module(CONTEXT), ENTER)
             import_module(FA_UTILS)
         except (ImportError, OSError) as error:
             raise RuntimeError(f"vLLM's FlashAttention does not load here; nothing was changed: {error}") from error
         # Backend modules are left for vLLM to import: what they do then depends on its configuration at that time.
-        if foreign := _foreign(self._own):
+        if foreign := _foreign(NAME, own) + _foreign(FORWARD, forward):
             raise RuntimeError("only vLLM's own function for CUDA is replaced; nothing was:\n" + "\n".join(foreign))
-        for name in _bound():
-            setattr(sys.modules[name], NAME, get_scheduler_metadata)
+        try:
+            attend = with_metadata(forward, self.build, self.policy, self._called)
+        except (TypeError, ValueError) as error:
+            raise RuntimeError(f"vLLM's forward cannot be wrapped; nothing was changed: {error}") from error
+        self._wraps = _wraps(layout, self.in_place)
+        self._replaced = [
+            _Replaced(NAME, own, get_scheduler_metadata, but=(INTERFACE,)),
+            _Replaced(FORWARD, forward, attend),
+            _Replaced(ENTER, enter, with_steps(enter, self.catch_up)),
+        ]
+        for one in self._replaced:
+            one.put()
         self.catch_up()
 
-    def catch_up(self, called: bool = False) -> None:
-        """Change the builders of the modules that have been imported meanwhile."""
-        if called and not self.used:
+    def _called(self) -> None:
+        if not self.used:
             self.used = True
             _log.info("fa3_metadata is asked for scheduler metadata the first time")
-        if not any(module in sys.modules for module in tuple(self.waiting)):
+        if self._wraps:
+            self.catch_up()
+
+    def catch_up(self) -> None:
+        """Change the builders of the modules that have been imported meanwhile."""
+        if not any(module in sys.modules for module in tuple(self._wraps)):
             return
         with _lock:
-            for module, name in list(self.waiting.items()):
+            for module, (name, methods) in list(self._wraps.items()):
                 if (builder := getattr(sys.modules.get(module), name, None)) is None:
                     continue
-                for method, wrap in WRAPS[name]:
+                for method, wrap in methods.items():
                     own = vars(builder)[method]
                     self._methods.append((builder, method, own, wrap(own)))
                     setattr(builder, method, self._methods[-1][-1])
-                del self.waiting[module]
+                del self._wraps[module]
 
     def detach(self) -> None:
         """Put everything back. Does nothing the second time.
+
+        Graphs captured meanwhile keep what they have. A builder that was told its window (vllm_windows.py) goes on
+        making metadata, by vLLM's function, since such a graph may read it.
 
         Raises `RuntimeError`, with nothing changed, where something else has been put over ours since.
         """
@@ -249,7 +273,7 @@ class Attached:
         with _lock:
             if _attached is not self:
                 return
-            foreign = _foreign(get_scheduler_metadata)
+            foreign = [line for one in self._replaced for line in _foreign(one.name, one.ours)]
             foreign += [f"{b.__name__}.{name}" for b, name, _, ours in self._methods if vars(b).get(name) is not ours]
             if foreign:
                 raise RuntimeError("replaced again since: undo that first; nothing was changed:\n" + "\n".join(foreign))
@@ -257,18 +281,36 @@ class Attached:
             _attached = None
 
     def _restore(self) -> None:
-        self.waiting.clear()
+        self._wraps.clear()
         for builder, name, own, _ in self._methods:
             setattr(builder, name, own)
-        for name in self.modules:  # others too that have imported it since
-            setattr(sys.modules[name], NAME, self._own)
+        for one in self._replaced:
+            one.restore()
 
 
-def _bound() -> dict[str, Any]:
-    """What the imported modules among those that call the function have under its name."""
-    loaded = [name for name in (GQA, MLA) if name in sys.modules and NAME in vars(sys.modules[name])]
-    return {name: vars(sys.modules[name]).get(NAME) for name in (FA_UTILS, *loaded)}
+def _wraps(layout: Layout, in_place: bool) -> _Wraps:
+    """What is to be replaced in builders.
+
+    The MLA builder, and the GQA builder up to 0.27, store in the middle of a longer method, which stays: torch launches
+    nothing for a copy of the buffer onto itself, and the rest is zeroed as ever.
+    """
+    if not in_place:
+        return {GQA: (GQA_BUILDER, {"build": windows_told})}
+    gqa: dict[str, Callable[..., Any]] = {"build": lambda build: windows_told(built_in_buffer(build))}
+    if layout.stores:
+        gqa |= {"update_draft_decode_metadata": made_in_buffer, "_store_scheduler_metadata": kept_in_buffer}
+    return {GQA: (GQA_BUILDER, gqa), MLA: (MLA_BUILDER, {"_schedule_decode": made_in_buffer})}
 
 
-def _foreign(expected: Any) -> list[str]:
-    return [f"{name}.{NAME} is {found!r}" for name, found in _bound().items() if found is not expected]
+def _modules_with(name: str, value: Any) -> list[str]:
+    """The imported modules of vLLM that hold this very object under this name."""
+    loaded = [(module, vars(found)) for module, found in tuple(sys.modules.items()) if found is not None]
+    return sorted(module for module, names in loaded if module.startswith("vllm.") and names.get(name) is value)
+
+
+def _foreign(name: str, expected: Any) -> list[str]:
+    """What the modules that must hold a function of vLLM's have under its name instead."""
+    where = (CONTEXT,) if name == ENTER else (FA_UTILS, GQA, MLA)
+    bound = {module: vars(sys.modules[module]) for module in where if module in sys.modules}
+    found = {module: names[name] for module, names in bound.items() if name in names}  # none while it is imported
+    return [f"{module}.{name} is {one!r}" for module, one in found.items() if one is not expected]

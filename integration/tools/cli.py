@@ -1,4 +1,4 @@
-"""The command line: `fa3-metadata demo`, `fa3-metadata explain` and `fa3-metadata tune`."""
+"""The command line: `fa3-metadata demo`, `fa3-metadata explain`, `fa3-metadata measure` and `fa3-metadata tune`."""
 
 from __future__ import annotations
 
@@ -7,20 +7,28 @@ import json
 import os
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import Any, NoReturn
 
-import torch
-
-from ..arguments import LengthTensors
-from ..installed import detect_build
+from .. import __version__, trace
 from ..triton_kernels.problem import POLICIES
+from .call_options import ENGINES, Call, add_explain_options, add_shape_options, call_of, joined, where
+from .cards import CARDS, find_card
 from .demo import MismatchError, allow_interpreter, checks
-from .models import MODELS
-from .report import Explanation, explain
+from .doctor import add_options as add_doctor_options
+from .doctor import run as run_doctor
+from .measure import add_options as add_measure_options
+from .measure import run as run_measure
+from .page import Slide, write_page
+from .pictures import MissingExtraError, Panel, check_picture, headline
+from .plot import draw_timelines
+from .report import Explanation, explain, predicted
+from .terminal import check_terminal, print_timelines
+from .trace_report import run as run_trace
 from .tune import add_options as add_tune_options
 from .tune import run as run_tune
 
-_DEMO_LENGTHS = "65536,16384,8192x2,4096x4,1024x8,300x16"
+_DEMO_LENGTHS = "64k,16k,2x8k,4x4k,8x1k,16x300"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -29,159 +37,157 @@ class _Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def parse_lengths(text: str) -> list[int]:
-    """Lengths from "65536,256x1023": one sequence of 65,536 tokens and 1,023 of 256."""
-    lengths: list[int] = []
-    for part in text.split(","):
-        length, _, count = part.strip().partition("x")
-        if not length.isdecimal() or not (count or "1").isdecimal() or part.strip().endswith("x"):
-            raise ValueError(f"--cache-seqlens must be like 65536,256x1023 (length, or length x count), got {part!r}")
-        lengths += [int(length)] * int(count or 1)
-    return lengths
-
-
-def _window(text: str) -> tuple[int, int]:
-    try:
-        left, right = (int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be LEFT,RIGHT, two integers, got {text!r}") from None
-    return left, right
-
-
-def _add_call_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", choices=sorted(MODELS), help="heads and head dims of a model")
-    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks that share the model's heads")
-    parser.add_argument("--build", help='FA3 build, such as "vllm-0.33.0" (default: what is installed)')
-    parser.add_argument("--policy", choices=POLICIES, help="fa3: FA3's own schedule (default); balanced: ours")
-    parser.add_argument(
-        "--batch-invariant", action="store_const", const=True, help="balanced: splits by a sequence's own length alone"
-    )
+def _add_output_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--all", action="store_true", help="print every sequence of a long batch")
+    parser.add_argument(
+        "--plot", type=pathlib.Path, metavar="FILE", help="draw the timeline: .png, .svg, .pdf or .html"
+    )
+    parser.add_argument("--timeline", action="store_true", help="draw it in the terminal")
+    parser.add_argument(
+        "--against", action="append", default=[], metavar="WHAT",
+        help="the same by another policy, build or card beside it: balanced, vllm-0.33.0, h20; may be repeated",
+    )  # fmt: skip
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="fa3-metadata", description="FlashAttention-3 scheduler metadata: make, explain and check it."
     )
+    parser.add_argument("--version", action="version", version=f"fa3-metadata {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    doctor = commands.add_parser("doctor", help="what is installed, attached and switched off here, and why")
+    add_doctor_options(doctor)
     demo = commands.add_parser("demo", help="a realistic decode batch, explained, checked and timed")
-    _add_call_options(demo)
-    demo.set_defaults(model="llama-3.1-70b", tp=8, cache_seqlens=_DEMO_LENGTHS, page_size=64, causal=True)
-    explain_ = commands.add_parser("explain", help="the same for lengths and shapes given here or in a JSON file")
-    _add_call_options(explain_)
-    explain_.add_argument("--cache-seqlens", help="tokens in each sequence's cache: 65536,256x1023")
-    explain_.add_argument(
-        "--input", type=pathlib.Path, help="JSON object of get_scheduler_metadata's arguments, by name"
+    add_shape_options(demo)
+    _add_output_options(demo)
+    demo.set_defaults(
+        model="llama-3.1-70b", tp=8, cache_seqlens=_DEMO_LENGTHS, page_size=64, causal=True, engine=None, input=None
     )
-    for name in ("num-heads", "num-heads-k", "headdim", "headdim-v", "max-seqlen-q", "max-seqlen-k", "page-size",
-                 "attention-chunk", "num-splits", "sm-margin", "max-seqlen-k-new", "arch", "num-sms"):  # fmt: skip
-        explain_.add_argument(f"--{name}", type=int)
-    explain_.add_argument("--qkv-dtype", choices=["bfloat16", "float16", "float8_e4m3fn"])
-    explain_.add_argument("--window-size", type=_window, metavar="LEFT,RIGHT", help="visible tokens; -1: unlimited")
-    explain_.add_argument("--causal", action="store_const", const=True)
-    explain_.add_argument("--has-softcap", action="store_const", const=True)
-    explain_.add_argument("--pack-gqa", action=argparse.BooleanOptionalAction)
+    explain_ = commands.add_parser("explain", help="the same for lengths and shapes given here or in a JSON file")
+    add_shape_options(explain_)
+    add_explain_options(explain_)
+    _add_output_options(explain_)
     explain_.add_argument("--no-check", action="store_true", help="do not run the checks")
+    explain_.add_argument("--trace", type=pathlib.Path, help="sum up what FA3_METADATA_TRACE recorded of an engine")
+    measure = commands.add_parser("measure", help="what a model's decode step gains here, measured")
+    add_measure_options(measure)
     tune = commands.add_parser("tune", help="measure this machine's GPU, once, for what is tuned to a GPU")
     add_tune_options(tune, _Parser)
     return parser
 
 
-def _call_arguments(options: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `get_scheduler_metadata`: from the JSON file, the model, the options, in rising order."""
-    given = {name: value for name, value in vars(options).items() if value is not None}
-    arguments: dict[str, Any] = {}
-    if path := given.get("input"):
-        arguments = json.loads(path.read_text())
-        if not isinstance(arguments, dict):
-            raise ValueError(f"{path} must hold a JSON object of arguments by name")
-        if isinstance(window := arguments.get("window_size"), list):
-            arguments["window_size"] = tuple(window)
-    if model := given.get("model"):
-        shard = MODELS[model].shard(options.tp)
-        arguments |= {
-            "num_heads": shard.num_heads, "num_heads_k": shard.num_heads_k, "headdim": shard.headdim,
-            "headdim_v": shard.headdim_v, "window_size": shard.window_size,
-        }  # fmt: skip
-    options_only = ("command", "model", "tp", "device", "json", "all", "input", "no_check")
-    arguments |= {name: value for name, value in given.items() if name not in options_only}
-    lengths = arguments.get("cache_seqlens")
-    if isinstance(lengths, str):
-        lengths = arguments["cache_seqlens"] = parse_lengths(lengths)
-    if not isinstance(lengths, list):
-        raise ValueError("cache_seqlens is needed: give --cache-seqlens, or --input with it")
-    page = arguments.get("page_size") or 1
-    defaults = {"batch_size": len(lengths), "max_seqlen_q": 1, "build": detect_build().build}
-    defaults["max_seqlen_k"] = -(-max(lengths, default=0) // page) * page
-    arguments = defaults | arguments
-    if missing := [name for name in ("num_heads", "num_heads_k", "headdim") if arguments.get(name) is None]:
-        raise ValueError(f"{', '.join(missing)} needed: give --model, or --{missing[0].replace('_', '-')} and so on")
-    if lengths and max(lengths) > arguments["max_seqlen_k"]:
-        raise ValueError(
-            f"max_seqlen_k must hold the longest sequence, {max(lengths)}, got {arguments['max_seqlen_k']}"
-        )
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: there is no CUDA GPU here")
-    for name in LengthTensors._fields:
-        if arguments.get(name) is not None:
-            lengths = torch.tensor(arguments[name], dtype=torch.int64)
-            if lengths.numel() and lengths.max() >= 2**31:
-                raise ValueError(f"{name} must be below {2**31}, got {lengths.max()}")
-            arguments[name] = lengths.to(device, torch.int32)
-    dtype = str(arguments.get("qkv_dtype", "bfloat16"))
-    arguments["qkv_dtype"] = getattr(torch, dtype, dtype)
-    return arguments
+def _explained(call: Call) -> Explanation:
+    return explain(call.arguments, call.reason, call.card.name if call.card else None)
 
 
-def _where(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, CUDA: the Triton kernel"
-    return "this machine's CPU, as if for an H100 SXM or H200: the NumPy model"
+def _others(options: argparse.Namespace) -> list[tuple[str, str, Explanation]]:
+    """(label of the first, label, explanation) of each thing to compare with."""
+    found = []
+    for what in options.against:
+        changed, first = argparse.Namespace(**vars(options)), ""
+        call = call_of(options)
+        if what in POLICIES:
+            changed.policy = what
+            first, label = f"policy {call.arguments.get('policy', 'fa3')}", f"policy {what}"
+            if what == "fa3":
+                changed.batch_invariant = None
+        elif what.lower() in CARDS:
+            changed.gpu, card = what, find_card(what)
+            first, label = call.card.short_name if call.card else "H200", card.short_name
+        elif "-" in what:
+            changed.build = label = what
+            first = call.arguments["build"]
+        else:
+            raise ValueError(f"--against must be a policy, a build or a card ({', '.join(CARDS)}), got {what!r}")
+        found.append((first, label, _explained(call_of(changed))))
+    return found
 
 
-def _show(options: argparse.Namespace, explanation: Explanation, arguments: dict[str, Any]) -> None:
-    check = not getattr(options, "no_check", False)
-    if options.json:
-        lines = list(checks(explanation, arguments)) if check else []
-        print(json.dumps(explanation.as_json() | {"checks": lines}))
-        return
-    model = f"{options.model}, tensor parallel {options.tp}: " if options.model else ""
+def _panels(explanation: Explanation, others: list[tuple[str, str, Explanation]]) -> list[Panel]:
+    firsts = list(dict.fromkeys(first for first, _, _ in others))
+    label = ", ".join(firsts) or f"policy {explanation.problem.policy}, {explanation.build}"
+    return [Panel(label, explanation.simulation), *(Panel(name, other.simulation) for _, name, other in others)]
+
+
+def draw(panels: list[Panel], lengths: list[list[int]], path: pathlib.Path, title: str, notes: list[str]) -> None:
+    """Draw timelines to a file of any kind that `check_picture` lets pass."""
+    if path.suffix.lower() == ".html":
+        write_page([Slide("", panels, lengths, notes)], path, title)
+    else:
+        draw_timelines(panels, lengths, path, title)
+
+
+def _show(options: argparse.Namespace, call: Call, explanation: Explanation) -> None:
+    others = _others(options)
+    panels, lengths = _panels(explanation, others), [one.seqlens_k for one in (explanation, *(o[2] for o in others))]
     p = explanation.problem
-    print(f"runs on     {_where(arguments['cache_seqlens'].device)}")
-    heads = f"{p.num_heads}/{p.num_heads_k} q/KV heads, head dim {p.headdim}/{p.value_headdim}"
-    print(f"batch       {model}{heads}, {p.qkv_dtype}")
+    model = f"{options.model}, tensor parallel {options.tp}: " if options.model else ""
+    shape = f"{model}{p.num_heads}/{p.num_heads_k} q/KV heads, head dim {p.headdim}/{p.value_headdim}, {p.qkv_dtype}"
+    check: Callable[[], Any] = lambda: checks(explanation, call.arguments)  # noqa: E731
+    if getattr(options, "no_check", False):
+        check = lambda: []  # noqa: E731
+    elif call.card is not None and p.policy != "fa3":
+        check = lambda: ["skipped     the checks: they go by what is known of the GPU here"]  # noqa: E731
+    if options.plot:
+        draw(
+            panels, lengths, options.plot, f"{shape}; {p.batch_size} sequences", [f.text for f in explanation.findings]
+        )
+    if options.json:
+        compared = [{"label": panel.label} | predicted(panel.simulation) for panel in panels[1:]]
+        print(json.dumps(explanation.as_json() | {"against": compared, "checks": list(check())}))
+        return
+    print(f"runs on     {where(call)}")
+    print(f"batch       {shape}")
+    if options.command == "explain" and options.engine:
+        print(f"engine      {options.engine}: {ENGINES[options.engine].words}, unless given")
     print(explanation.as_text(options.all))
+    for panel in panels[1:]:
+        print(f"\nagainst     {headline([panels[0], panel])}", end="")
     print()
-    if check:
-        for line in checks(explanation, arguments):
-            print(line, flush=True)
+    if others:
+        print()
+    if options.timeline:
+        print_timelines(panels, lengths)
+        print()
+    if options.plot:
+        print(f"drawn       {options.plot}\n")
+    for line in check():
+        print(line, flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point: 0, or 1 where a check failed, or 2 with one line on stderr for what cannot be done."""
     parser = _parser()
-    options = parser.parse_args(argv)
+    options = parser.parse_args(joined(sys.argv[1:] if argv is None else argv))
     allow_interpreter()
+    trace.stop()  # what is asked here is no step of an engine
+    say: Callable[[str], None] = lambda line: print(line, flush=True)  # noqa: E731
     try:
-        if options.command == "tune":
-            run_tune(options, lambda line: print(line, flush=True))
-            return 0
-        arguments = _call_arguments(options)
-        reason = detect_build().reason if options.build is None else "given"
-        explanation = explain(arguments, reason)
-    except (ValueError, TypeError, RuntimeError, OSError) as error:
-        parser.error(_one_line(error))
-    try:
-        _show(options, explanation, arguments)
+        if getattr(options, "plot", None):
+            check_picture(options.plot)
+        if getattr(options, "timeline", False):
+            check_terminal()
+        if options.command == "doctor":
+            run_doctor(options, say)
+        elif options.command == "tune":
+            run_tune(options, say)
+        elif options.command == "measure":
+            run_measure(options, say)
+        elif getattr(options, "trace", None):
+            run_trace(options, say)
+        else:
+            call = call_of(options)
+            _show(options, call, _explained(call))
         sys.stdout.flush()
     except MismatchError as error:
         sys.stderr.write(f"fa3-metadata: check failed: {error}\n")
         return 1
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, TypeError, RuntimeError, OSError, MissingExtraError) as error:
+        parser.error(_one_line(error))
     return 0
 
 

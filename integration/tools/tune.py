@@ -22,7 +22,7 @@ import torch
 from ..api import plan_call
 from ..arguments import device_facts, gpu_name
 from ..installed import detect_build, installed_version
-from ..resolved import load_launch
+from ..schedules import load_launch
 from ..triton_kernels.balance import check_constants
 from ..triton_kernels.builds import DEFAULT_BUILD, package_of
 from ..triton_kernels.problem import DEFAULT_GPU

@@ -8,8 +8,8 @@ from typing import Any
 import fa3_metadata
 import pytest
 import torch
-from fa3_metadata import known_calls
-from fa3_metadata.resolved import ResolvedCall
+from fa3_metadata import api, schedules
+from fa3_metadata.schedules import Step
 
 STORE = torch.arange(1, 41, dtype=torch.int32) * 200
 GOOD: dict[str, Any] = {
@@ -39,11 +39,13 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         pytest.skip("tensors are the CPU's, where this GPU's kernels do not run")
     made: list[int] = []
 
-    def repeat(self: ResolvedCall, tensors: object, out: torch.Tensor) -> Callable[[], bool]:
+    def repeat(self: Step, pointers: object, tensors: object) -> Callable[[], bool]:
         return lambda: made.append(self.batch_size) is None
 
-    monkeypatch.setattr(ResolvedCall, "repeat", repeat)
-    known_calls._kinds.clear()
+    monkeypatch.setattr(Step, "repeat", repeat)
+    api._kinds.clear()
+    schedules._schedules_of.cache_clear()
+    schedules.step_of.cache_clear()
     return made
 
 
@@ -76,6 +78,30 @@ def test_what_was_known_before_at_another_size_is_not_taken_for_this_one(launche
     assert launched == [6]
 
 
+WRONG_TYPES = [
+    ("batch_size", 6.0), ("max_seqlen_k", 9000.0), ("max_seqlen_q", True), ("max_seqlen_q", 1.0), ("num_heads", 8.0),
+    ("num_heads_k", True), ("headdim", 128.0), ("page_size", 64.0), ("causal", 1), ("num_splits", True),
+    ("pack_gqa", 1), ("sm_margin", False), ("attention_chunk", 0.0), ("has_softcap", 0), ("window_size", (-1.0, -1)),
+    ("batch_invariant", 0), ("forward_is_told", 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG_TYPES)
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_wrong_type_is_refused_also_after_a_good_call(
+    name: str, value: object, times: int, launched: list[int]
+) -> None:
+    """Though it equals the right one, and so does a tuple or a problem that has it."""
+    good = {"page_size": 64, "causal": True, "num_splits": 1, "pack_gqa": True}
+    out = torch.full((60,), -7, dtype=torch.int32)
+    for _ in range(times):
+        call(out, **good)
+    out.fill_(-7)
+    with pytest.raises(TypeError, match=name):
+        call(out, **good | {name: value})
+    assert out.eq(-7).all()
+
+
 def test_the_same_call_is_a_launch_and_as_much_of_out_as_the_layout_has(launched: list[int]) -> None:
     exact, larger = torch.empty(25, dtype=torch.int32), torch.empty(60, dtype=torch.int32)
     for out in (exact, larger):
@@ -87,7 +113,7 @@ def test_the_same_call_is_a_launch_and_as_much_of_out_as_the_layout_has(launched
 
 def test_a_launch_that_could_not_is_made_the_long_way(launched: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Another device is current, say."""
-    monkeypatch.setattr(ResolvedCall, "repeat", lambda *_: lambda: launched.append(0) is not None)
+    monkeypatch.setattr(Step, "repeat", lambda *_: lambda: launched.append(0) is not None)
     out = torch.empty(25, dtype=torch.int32)
     for _ in range(5):
         made = call(out.fill_(-7))
@@ -96,15 +122,17 @@ def test_a_launch_that_could_not_is_made_the_long_way(launched: list[int], monke
 
 
 def test_what_is_known_is_bounded(launched: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_MOST_KINDS", "_MOST_SIZES", "_MOST_AGAIN"):
-        monkeypatch.setattr(known_calls, name, 3)
+    monkeypatch.setattr(api, "_MOST_KINDS", 3)
+    for name in ("_MOST_STEPS", "_MOST_AGAIN"):
+        monkeypatch.setattr(schedules, name, 3)
     out = torch.empty(60, dtype=torch.int32)
     for i in range(8):
         call(out, num_splits=i + 1)
         call(out, max_seqlen_k=9000 + i)
         for _ in range(2):
             call(out, cache_seqlens=STORE[i : i + 6])
-    assert len(known_calls._kinds) <= 3
-    for calls in known_calls._kinds.values():
-        assert len(calls._resolved) <= 3
-        assert len(calls._again) <= 3
+    assert len(api._kinds) <= 3
+    for known in api._kinds.values():
+        assert len(known._steps) <= 3
+        assert len(known.again._known) <= 3
+        assert len(known._families) <= schedules._MOST_FAMILIES

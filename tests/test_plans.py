@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import fa3_metadata
@@ -9,6 +10,7 @@ import pytest
 import torch
 from fa3_metadata import MetadataPlan, MetadataPlans
 from fa3_metadata.arguments import LengthTensors
+from fa3_metadata.schedules import Step
 from fa3_metadata.triton_kernels import launch
 
 BUILD = "sglang-kernel-0.4.2"
@@ -191,12 +193,12 @@ def test_the_kernel_for_several_groups(build: str, batch: int, device: torch.dev
     together = MetadataPlans(plans)
     cache_seqlens = lengths(batch)
     expected = together.update(cache_seqlens)
-    resolved = [one.resolved(batch) for one in plans]
-    launch_plans = [one.plan for one in resolved]
+    planned = [one.planned(batch) for one in plans]
+    launch_plans = [made for _, made in planned]
     table = launch.layer_groups_table(launch_plans, together._starts).to(device)
     out = torch.full((together._buffer.numel(),), -7, dtype=torch.int32, device=device)
     pointers = (cache_seqlens.to(device), None, None, None, None)
-    launch.layer_groups_launch(resolved[0].problem, launch_plans)((out, table), pointers)
+    launch.layer_groups_launch(planned[0][0], launch_plans)((out, table), pointers)
     for start, metadata in zip(together._starts, expected, strict=True):
         assert torch.equal(out[start : start + metadata.numel()].cpu(), metadata)
 
@@ -224,17 +226,20 @@ def test_updates_from_the_same_place_are_remembered(groups: int, monkeypatch: py
     plans = MetadataPlans([plan(window_size=window) for window in ((-1, -1), (127, 0))[:groups]])
     made: list[tuple[int, int]] = []
 
-    def remember(key: object, tensors: LengthTensors, step: Any) -> None:
-        lengths, views = tensors.cache_seqlens, step.views
-        plans._again[key] = step, lambda: made.append((lengths.data_ptr(), len(lengths))) is None and views is not None
+    def repeat(self: Step, pointers: object, tensors: LengthTensors) -> Callable[[], bool]:
+        lengths = tensors.cache_seqlens
+        return lambda: made.append((lengths.data_ptr(), len(lengths))) is None
 
-    monkeypatch.setattr(plans, "_remember", remember)
+    monkeypatch.setattr(Step, "repeat", repeat)
+    monkeypatch.setattr(Step, "launch", lambda self, _, tensors: self.write_on_host(self.views, tensors))
+    monkeypatch.setattr(plans, "_on_cpu", False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     store = torch.randint(1, 8192, (60,), dtype=torch.int32)
-    for batch in (5, 7, 5):
+    for batch in (5, 5, 7, 5):
         views = plans.update(store[:batch])  # a new tensor each time, at the same address
         assert plans.batch_size == batch
         assert all(view.data_ptr() >= plans._buffer.data_ptr() for view in views)
-    assert made == [(store.data_ptr(), 5)]  # the third update; the first of each batch size takes the long way
+    assert made == [(store.data_ptr(), 5)]  # the fourth update; the second of a place keeps the launch
     plans.update(store[1:6])  # another address
     plans.update(store[:10:2])  # another stride
     plans.update(store[:5].to(torch.int64))
@@ -250,9 +255,9 @@ def test_warm_up_leaves_no_metadata_behind() -> None:
     made.warm_up()
     with pytest.raises(RuntimeError, match="there is no metadata yet"):
         made.metadata  # noqa: B018
-    assert set(made._group._steps) == {1, 32, 64, 70}
+    assert {batch for batch, _ in made._group._schedules._steps} == {1, 32, 64, 70}
     made.warm_up([5], dtype=torch.int64)
-    assert 5 in made._group._steps
+    assert (5, None) in made._group._schedules._steps
     with pytest.raises(ValueError, match="batch_sizes must be from 0 to"):
         made.warm_up([-1])
 
@@ -357,8 +362,8 @@ def test_warm_up_reaches_every_kernel(build: str, shape: dict[str, Any], monkeyp
     monkeypatch.setattr(launch, "INTERPRETED", False)  # the launch shapes of a GPU
 
     def kernel(batch_size: int) -> tuple[Any, ...]:
-        resolved = made.resolved(batch_size).plan
-        return launch.layout_constants(resolved), launch.launch_shape_of([resolved], batch_size, made.problem.gpu)
+        planned = made.planned(batch_size)[1]
+        return launch.layout_constants(planned), launch.launch_shape_of([planned], batch_size, made.problem.gpu)
 
     warmed = []
     monkeypatch.setattr(made._group, "update", lambda cache_seqlens, **_: warmed.append(cache_seqlens.shape[0]))

@@ -1,0 +1,148 @@
+"""How near `integration/tools/simulator.py` comes to what was measured: every schedule of recorded sweeps, simulated.
+
+    python -m bench simulated                     # the sweeps kept here, of each card
+    python -m bench simulated schedules.csv --gpu h100
+
+The sweeps are those of `python -m bench schedules --csv`: FA3's schedule, and every number of key blocks a split worth
+trying, for each workload of the suite. Said for each card: how the ranks of predicted and measured times go together
+(Spearman), over all schedules and within a workload, and by how much a prediction is off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import pathlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+import torch
+from fa3_metadata.api import plan_call
+from fa3_metadata.tools.cards import find_card
+from fa3_metadata.tools.simulator import Schedule, reference_schedule, schedule_of, simulate
+from fa3_metadata.triton_kernels.builds import FA3Rules
+from fa3_metadata.triton_kernels.plan import LaunchPlan, make_plan
+from fa3_metadata.triton_kernels.problem import Problem
+from fa3_metadata.triton_kernels.reference import Lengths, blocks_read, metadata_of_splits, sequence_blocks
+
+from .workloads import SUITE
+
+PAGE, BUILD = 64, "sglang-kernel-0.4.2"
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RECORDED = {  # by card
+    "h200": ROOT / "bench/results/2026-11-24-h200/schedules.csv",
+    "h100": ROOT / "tests/data/schedules-h100.csv",
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One schedule of one workload. Times in us a layer."""
+
+    workload: str
+    schedule: str  # "fa3", or key blocks a split
+    measured: float
+    predicted: float
+    held_out: bool
+    sequences: int
+
+    @property
+    def error(self) -> float:
+        return self.predicted / self.measured - 1
+
+
+@lru_cache(maxsize=256)
+def _problem_of(name: str, gpu: str) -> tuple[Problem, FA3Rules, Lengths]:
+    w = next((one for one in SUITE if one.name == name), None)
+    if w is None:
+        raise ValueError(f"there is no workload {name!r}")
+    call = {
+        "batch_size": len(w.lengths), "max_seqlen_q": w.seqlen_q,
+        "max_seqlen_k": max(max(1, -(-n // PAGE)) for n in w.lengths) * PAGE, "num_heads": w.num_heads,
+        "num_heads_k": w.num_heads_k, "headdim": w.headdim, "headdim_v": w.headdim_v or w.headdim, "page_size": PAGE,
+        "causal": True, "qkv_dtype": getattr(torch, w.dtype), "build": BUILD,
+        "window_size": (-1, -1) if w.window is None else (w.window, 0),
+    }  # fmt: skip
+    _, problem, rules, _ = plan_call(call)
+    return replace(problem, gpu=find_card(gpu).name), rules, Lengths(np.array(w.lengths, np.int32))
+
+
+def points(path: pathlib.Path, gpu: str) -> Iterator[Point]:
+    """Every schedule recorded in `path`, simulated for `gpu`."""
+    held_out = {w.name for w in SUITE if w.held_out}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            name, kind, bound = row["workload"], row["schedule"], int(row["num_splits"])
+            if kind != "fa3" and not kind.isdigit():
+                continue
+            problem, rules, lengths = _problem_of(name, gpu)
+            plan = make_plan(replace(problem, num_splits=bound), rules)
+            schedule = reference_schedule(problem, plan, lengths)
+            if kind.isdigit():
+                schedule = _of_size(problem, plan, lengths, int(kind))
+            found = simulate(problem, plan, lengths, schedule).time_us
+            yield Point(name, kind, float(row["p50_us"]), found, name in held_out, problem.batch_size)
+
+
+def _of_size(problem: Problem, plan: LaunchPlan, lengths: Lengths, size: int) -> Schedule:
+    """No split of more than `size` key blocks, as few as that takes: what `bench schedules` swept."""
+    blocks = blocks_read(problem, plan, lengths)
+    splits = np.maximum(-(-blocks // size), 1)
+    splits = np.maximum(-(-blocks // np.maximum(-(-blocks // splits), 1)), 1).astype(np.int32)
+    return schedule_of(plan, metadata_of_splits(plan, *sequence_blocks(problem, plan, lengths), splits))
+
+
+def rank_correlation(found: list[Point]) -> float:
+    """Spearman's, of predicted and measured times."""
+    ranks = [np.argsort(np.argsort(values)) for values in ([p.predicted for p in found], [p.measured for p in found])]
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def report(gpu: str, found: list[Point]) -> list[str]:
+    """What is said of a card."""
+    lines = []
+    groups = {
+        "all schedules": found,
+        "of held-out workloads": [p for p in found if p.held_out],
+        "FA3's own": [p for p in found if p.schedule == "fa3"],
+        "up to 992 sequences": [p for p in found if p.sequences <= 992],
+    }
+    for name, some in groups.items():
+        errors = np.array([p.error for p in some])
+        middle, ninety = np.percentile(np.abs(errors), [50, 90])
+        worst = max(some, key=lambda p: abs(p.error))
+        lines.append(
+            f"{gpu}  {name:22s} {len(some):4d}   rank correlation {rank_correlation(some):.4f}   error: median "
+            f"{middle:.1%}, nine of ten within {ninety:.1%}, mean {errors.mean():+.1%}, worst {worst.error:+.1%} "
+            f"({worst.workload}, {worst.schedule})"
+        )
+    swept = [[p for p in found if p.workload == w.name] for w in SUITE]
+    each = [rank_correlation(some) for some in swept if len(some) >= 5]
+    best = [[p for p in some if p.schedule.isdigit()] for some in swept if some]
+    lost = np.array([min(some, key=lambda p: p.predicted).measured / min(p.measured for p in some) for some in best])
+    lines.append(
+        f"{gpu}  within a workload: rank correlation, median {np.median(each):.3f} of {len(each)}; the size predicted "
+        f"to be fastest costs {np.exp(np.log(lost).mean()) - 1:.1%} over the fastest (geometric mean), at most "
+        f"{lost.max() - 1:.1%}"
+    )
+    return lines
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench simulated", description="the simulator against times")
+    parser.add_argument("csv", type=pathlib.Path, nargs="?", help="a sweep of `schedules --csv`; default: those kept")
+    parser.add_argument("--gpu", help="the card that it was measured on, such as h100")
+    options = parser.parse_args(argv)
+    if (options.csv is None) != (options.gpu is None):
+        parser.error("give a sweep and --gpu, or neither")
+    try:
+        chosen = {options.gpu: options.csv} if options.csv else RECORDED
+        for gpu, path in chosen.items():
+            print(*report(gpu, list(points(path, gpu))), sep="\n", flush=True)
+    except (OSError, ValueError, KeyError) as error:
+        print(f"simulated: {error}", file=sys.stderr)
+        return 2
+    return 0

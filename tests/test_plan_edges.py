@@ -1,0 +1,92 @@
+"""Thresholds of a launch plan, on both sides of each: where both implementations go by it, only a number tells."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from fa3_metadata.triton_kernels.builds import SGLANG, SGLANG_0_4_5, UPSTREAM
+from fa3_metadata.triton_kernels.plan import LaunchPlan, make_plan
+from fa3_metadata.triton_kernels.problem import SHORT_LIMIT, Problem
+from fa3_metadata.triton_kernels.reference import Lengths, sequence_blocks
+
+DECODE: dict[str, Any] = {"max_seqlen_q": 1, "max_seqlen_k": 65536, "num_heads": 8, "num_heads_k": 1, "headdim": 128}
+
+
+def plan_of(batch_size: int, **more: Any) -> LaunchPlan:
+    return make_plan(Problem(batch_size, **DECODE | {"policy": "balanced"} | more), SGLANG)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "more", "searches"),
+    [
+        (1, {}, True),
+        (64, {"num_heads_k": 8}, True),  # 512 tiles
+        (65, {"num_heads_k": 8}, False),
+        (198, {}, True),  # 198 tiles are one and a half for each of 132 SMs
+        (199, {}, False),
+        (99, {"num_heads_k": 2}, True),
+        (100, {"num_heads_k": 2}, False),
+        (99, {"max_seqlen_q": 17}, True),  # 136 rows are two tiles of 128
+        (100, {"max_seqlen_q": 17}, False),
+        (256, {"num_sms": 200}, True),
+        (257, {"num_sms": 200}, False),
+    ],
+)
+def test_which_batches_are_searched(batch_size: int, more: dict[str, Any], searches: bool) -> None:
+    assert plan_of(batch_size, **more).searches_splits == searches
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "more", "splits"),
+    [(88, {}, True), (89, {}, False), (44, {"num_heads_k": 2}, True), (45, {"num_heads_k": 2}, False)],
+)
+def test_short_contexts_are_split_while_a_third_of_the_sms_is_idle(
+    batch_size: int, more: dict[str, Any], splits: bool
+) -> None:
+    """FA3 splits nothing of four key blocks or fewer. 88 tiles are two thirds of 132 SMs."""
+    short = DECODE | {"max_seqlen_k": 512} | more
+    assert make_plan(Problem(batch_size, **short), SGLANG).num_splits == 1
+    assert (plan_of(batch_size, **short).num_splits > 1) == splits
+
+
+@pytest.mark.parametrize("max_seqlen_k", [512, 4096, 65536])
+def test_an_invariant_bound_does_not_depend_on_the_batch(max_seqlen_k: int) -> None:
+    """Nor on the memory that its partial outputs take: a sequence has the same splits whatever else is there."""
+    call = {"max_seqlen_k": max_seqlen_k, "batch_invariant": True, "max_partial_bytes": 2**24}
+    bounds = {plan_of(batch_size, **call).num_splits for batch_size in (1, 8, 64, 88, 89, 400, 992)}
+    assert len(bounds) == 1
+    assert bounds.pop() > 1
+
+
+def test_more_than_eight_query_blocks_are_a_prefill() -> None:
+    tokens = 8 * plan_of(4, max_seqlen_q=100).block_m // 8
+    assert plan_of(4, max_seqlen_q=tokens).costs is not None
+    assert plan_of(4, max_seqlen_q=tokens + 1).costs is None
+    assert plan_of(4, max_seqlen_q=2**28).costs is None, "2^31 query rows are negative to FA3"
+
+
+def test_appended_keys_count_towards_the_longest_sequence() -> None:
+    """Of a batch that is meant to have no more than SHORT_LIMIT keys a sequence is cut there."""
+    assert plan_of(1, max_seqlen_k=SHORT_LIMIT).is_short
+    assert plan_of(1, max_seqlen_k=SHORT_LIMIT - 5, max_seqlen_k_new=5).is_short
+    problem = Problem(1, **DECODE | {"max_seqlen_k": SHORT_LIMIT, "max_seqlen_k_new": 1000})
+    plan = make_plan(problem, SGLANG)
+    assert not plan.is_short
+    _, _, blocks = sequence_blocks(problem, plan, Lengths(np.array([SHORT_LIMIT])))
+    assert blocks.tolist() == [-(-(SHORT_LIMIT + 1000) // plan.block_n)]
+
+
+def test_query_rows_that_wrap_divide_towards_zero() -> None:
+    """(seqlen_q * heads + kBlockM - 1) / kBlockM in C++ ints: 2^31 + 8 rows are -2147483640, and not a block more."""
+    plan = make_plan(Problem(1, **DECODE | {"max_seqlen_q": 2**28 + 1, "num_splits": 1}), UPSTREAM)
+    assert plan.splits_tile[0] == 128
+    assert plan.tiles_counted == -16777214  # -16777214.9
+
+
+def test_a_total_of_no_queries_is_none_given() -> None:
+    """FA3's own op leaves it at 0, and counts batch_size * max_seqlen_q queries."""
+    none, no_total = (Problem(64, **DECODE, has_cu_seqlens_q=True, total_q=total) for total in (None, 0))
+    assert none.query_tokens == no_total.query_tokens == 64
+    assert make_plan(no_total, SGLANG_0_4_5).num_splits == make_plan(none, SGLANG_0_4_5).num_splits
