@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NEWEST = "newest"
 PLACES = ((0, 1, 2, 3, 4), (0, 1, -1, 2, 3), (0, 1, -1, -1, 2), (-1, 0, 1, -1, -1))  # of rows: all, unpacked, unsorted
-FLOATS = ("load_factor", "causal_saving", "tile_cost", "alone_cost", "split_cost")
+FLOATS = ("load_factor", "causal_saving", "tile_cost", "split_cost", *(f"block_cost_{i}" for i in range(4)))
 
 
 class Variant(NamedTuple):

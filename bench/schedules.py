@@ -1,6 +1,8 @@
 """Judge of schedules: one layer's attention over named workloads, by FA3's schedule, ours and the best uniform one.
 
-    python -m bench schedules
+    python -m bench schedules                     # the named workloads
+    python -m bench schedules --suite random      # others, drawn at random, that nobody looked at
+    python -m bench schedules --sm-margin 54      # a card with 54 SMs less
 
 Each workload is measured as FA3 without metadata (it makes its own in every layer), with FA3's metadata, with policy
 "balanced", and with every uniform number of key blocks per split; the best of those is the oracle. All are captured
@@ -22,6 +24,7 @@ import argparse
 import csv
 import math
 import pathlib
+import re
 import statistics
 import sys
 from collections.abc import Callable
@@ -34,20 +37,21 @@ import numpy as np
 import torch
 from fa3_metadata.api import plan_call
 from fa3_metadata.installed import load_forward
+from fa3_metadata.triton_kernels.card import peak_gb_s
 from fa3_metadata.triton_kernels.plan import make_plan
 from fa3_metadata.triton_kernels.reference import Lengths, blocks_read, metadata_of_splits, sequence_blocks
 
 from .decode_step import why_not
 from .timing import Captured, gpu_facts, graph_sampler, interleaved, middle, summary
-from .workloads import SUITE, Workload
+from .workloads import RANDOM_SUITE, SUITE, Workload
 
 PAGE, LAYERS = 64, 32
 POOL_BYTES = 600 << 20  # of KV between two readings of the same: well over L2
 WEIGHTS = (8, 8192, 3072)  # matrices of 50 MB
 PARTIAL_BYTES = 1 << 30  # the oracle's partial outputs are kept below
-PEAK_GB_S = 4800  # of an H200's memory, by its datasheet
 LAUNCHED = (1, 32, 64, 128, 192, 256, 512, 992, 1024, 8192)  # sequences
 COMPARED = ("none", "fa3", "balanced")
+SUITES = {"named": SUITE, "random": RANDOM_SUITE}
 TOLERANCE = {"bfloat16": 0.02, "float8_e4m3fn": 0.05}  # relative, of the norm
 
 
@@ -57,7 +61,7 @@ class Result:
     times: Captured  # us a layer; "none", "fa3", "balanced" or key blocks per split
     most_splits: dict[str, int]  # of any sequence, by policy
     num_splits: dict[str, int]
-    floor: float  # us to read the KV once at the memory's peak bandwidth
+    floor: float  # us to read the KV once at the memory's peak bandwidth; NaN: not known
 
     def median(self, variant: str) -> float:
         return middle(self.times[variant])
@@ -78,7 +82,7 @@ class Result:
 class Layers:
     """The KV caches, page tables and queries of a workload's layers: two sets of pages, one of them in use."""
 
-    def __init__(self, w: Workload) -> None:
+    def __init__(self, w: Workload, sm_margin: int = 0) -> None:
         dtype, page_counts = getattr(torch, w.dtype), [max(1, -(-n // PAGE)) for n in w.lengths]
         headdim_v, pages = w.headdim_v or w.headdim, sum(page_counts)
         self.kv_bytes = pages * PAGE * w.num_heads_k * (w.headdim + headdim_v) * dtype.itemsize
@@ -101,7 +105,7 @@ class Layers:
             "q": random(len(w.lengths), w.seqlen_q, w.num_heads, w.headdim),
             "k_cache": random(pages * regions, PAGE, w.num_heads_k, w.headdim),
             "v_cache": random(pages * regions, PAGE, w.num_heads_k, headdim_v),
-            "cache_seqlens": self.lengths, "causal": True, "window_size": window,
+            "cache_seqlens": self.lengths, "causal": True, "window_size": window, "sm_margin": sm_margin,
         }  # fmt: skip
         if w.is_mla:
             self.call["qv"] = random(len(w.lengths), w.seqlen_q, w.num_heads, headdim_v)
@@ -109,6 +113,7 @@ class Layers:
             "batch_size": len(w.lengths), "max_seqlen_q": w.seqlen_q, "max_seqlen_k": max(page_counts) * PAGE,
             "num_heads": w.num_heads, "num_heads_k": w.num_heads_k, "headdim": w.headdim, "headdim_v": headdim_v,
             "cache_seqlens": self.lengths, "qkv_dtype": dtype, "page_size": PAGE, "causal": True, "window_size": window,
+            "sm_margin": sm_margin,
         }  # fmt: skip
 
     def use(self, pages: int) -> None:
@@ -158,10 +163,11 @@ def _sizes(longest: int, load: float) -> list[int]:
 
 
 def measure(
-    w: Workload, forward: Callable[..., torch.Tensor], rounds: int, sweep: bool, among_weights: bool = False
-) -> Result:
+    w: Workload, forward: Callable[..., torch.Tensor], rounds: int, sweep: bool, among_weights: bool = False,
+    sm_margin: int = 0,
+) -> Result:  # fmt: skip
     """Times of every variant. Raises `RuntimeError` where a variant's output is wrong."""
-    layers = Layers(w)
+    layers = Layers(w, sm_margin)
     variants: dict[str, dict[str, Any]] = {"none": {}}
     variants |= {policy: policy_variant(layers, policy) for policy in ("fa3", "balanced")}
     variants |= uniform_variants(layers, w) if sweep else {}
@@ -195,7 +201,8 @@ def measure(
         base = middle(times.pop("weights"))
         times = {name: [[time - base for time in one] for one in captures] for name, captures in times.items()}
     bounds = {name: more.get("num_splits", 0) for name, more in variants.items()}
-    return Result(w, times, _most_splits(layers), bounds, layers.kv_bytes / PEAK_GB_S / 1e3)
+    peak = peak_gb_s(torch.cuda.get_device_name()) or math.nan
+    return Result(w, times, _most_splits(layers), bounds, layers.kv_bytes / peak / 1e3)
 
 
 def _replayed(graphs: list[tuple[str, torch.cuda.CUDAGraph]], layers: Layers, rounds: int) -> Captured:
@@ -234,17 +241,18 @@ def _most_splits(layers: Layers) -> dict[str, int]:
 
 def report(results: list[Result]) -> None:
     """A row a workload, then means, the worst case and how often the oracle is near."""
-    print(f"{'us a layer':46s}{'none':>8s}{'fa3':>8s}{'ours':>8s}{'oracle':>8s}{'fa3/':>8s}{'none/':>7s}{'ours/':>7s}"
-          f"{'splits':>9s}{'floor':>8s}")  # fmt: skip
-    print(f"{'':46s}{'':32s}{'ours':>8s}{'ours':>7s}{'oracle':>7s}{'fa3,ours':>9s}")
+    wide = max(46, *(len(r.workload.name) + 2 for r in results))
+    print(f"{'us a layer':{wide}s}{'none':>8s}{'fa3':>8s}{'ours':>8s}{'oracle':>8s}{'fa3/':>8s}{'none/':>7s}"
+          f"{'ours/':>7s}{'splits':>9s}{'floor':>8s}")  # fmt: skip
+    print(f"{'':{wide}s}{'':32s}{'ours':>8s}{'ours':>7s}{'oracle':>7s}{'fa3,ours':>9s}")
     for r in results:
         none, fa3, ours = map(r.median, ("none", "fa3", "balanced"))
         oracle = r.median(r.oracle) if r.is_swept else math.nan
         name = ("*" if r.workload.held_out else " ") + r.workload.name
         splits = f"{r.most_splits['fa3']},{r.most_splits['balanced']}"
-        print(f"{name:46s}{none:8.2f}{fa3:8.2f}{ours:8.2f}{oracle:8.2f}"
+        print(f"{name:{wide}s}{none:8.2f}{fa3:8.2f}{ours:8.2f}{oracle:8.2f}"
               f"{fa3 / ours:8.3f}{none / ours:7.3f}{ours / oracle:7.3f}{splits:>9s}{r.floor:8.2f}")  # fmt: skip
-    print("* held out: never used to fit the constants. floor: reading the KV once at the datasheet's bandwidth")
+    print("* held out: never used to fit the constants. floor: reading the KV once at the memory's peak bandwidth")
     few = [r for r in results if len(r.workload.lengths) <= 992]
     for name, some in (("up to 992 sequences", few), ("of these held out", [r for r in few if r.workload.held_out]),
                        ("over 992 sequences", [r for r in results if r not in few])):  # fmt: skip
@@ -258,7 +266,8 @@ def report(results: list[Result]) -> None:
         means = [statistics.geometric_mean(r.median(v) / r.median(r.oracle) for r in few) for v in ("fa3", "none")]
         print(f"the oracle, up to 992: geometric mean {means[0]:.3f} x over FA3's metadata, {means[1]:.3f} x without")
         near = sum(r.median("balanced") <= 1.03 * r.median(r.oracle) for r in swept)
-        print(f"within 3 % of the oracle: {near} of {len(swept)}")
+        ours = statistics.geometric_mean(r.median("balanced") / r.median(r.oracle) for r in few)
+        print(f"balanced takes {ours:.4f} x the oracle's time, up to 992; within 3 % of it: {near} of {len(swept)}")
 
 
 def launch_times(device: str = "cuda") -> dict[int, dict[str, float]]:
@@ -277,19 +286,30 @@ def launch_times(device: str = "cuda") -> dict[int, dict[str, float]]:
     return found
 
 
-def write_csv(results: list[Result], path: pathlib.Path) -> None:
+def results_file(folder: pathlib.Path, gpu: str, num_sms: int, sm_margin: int, suite: str) -> pathlib.Path:
+    """Of a card, a part of its SMs and a suite: those of several lie side by side."""
+    name = "-".join(re.findall(r"[a-z0-9]+", gpu.lower().removeprefix("nvidia ")))
+    name += f"-{num_sms - sm_margin}-sms" if sm_margin else ""
+    return folder / f"schedules-{name}{'' if suite == 'named' else '-' + suite}.csv"
+
+
+def write_csv(results: list[Result], path: pathlib.Path, gpu: str, num_sms: int) -> None:
+    """A row for each time of a workload, with the card and the SMs that it was measured on."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         rows = csv.writer(file)
-        rows.writerow(["workload", "held_out", "schedule", "num_splits", "p20_us", "p50_us", "p80_us", "replays"])
+        rows.writerow([
+            "workload", "held_out", "schedule", "num_splits", "p20_us", "p50_us", "p80_us", "replays", "gpu", "num_sms"
+        ])  # fmt: skip
         for r in results:
             for name, captures in r.times.items():
                 times = [time for capture in captures for time in capture]
                 p20, p50, p80 = summary(times)
                 held, bound = int(r.workload.held_out), r.num_splits[name]
-                rows.writerow(
-                    [r.workload.name, held, name, bound, f"{p20:.3f}", f"{p50:.3f}", f"{p80:.3f}", len(times)]
-                )
+                rows.writerow([
+                    r.workload.name, held, name, bound, f"{p20:.3f}", f"{p50:.3f}", f"{p80:.3f}", len(times), gpu,
+                    num_sms,
+                ])  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -298,9 +318,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=8, help="timed replays of each graph")
     parser.add_argument("--no-sweep", action="store_true", help="leave out the oracle")
     parser.add_argument("--among-weights", action="store_true", help="each layer after a matrix times a vector")
-    parser.add_argument("--csv", type=pathlib.Path, help="write all times there")
+    parser.add_argument("--suite", choices=SUITES, default="named", help="which workloads (default: named)")
+    parser.add_argument("--sm-margin", type=int, default=0, help="SMs that the forward leaves alone: a smaller card")
+    parser.add_argument("--csv", type=pathlib.Path, help="write all times there; in a folder, to a file of this card's")
     options = parser.parse_args(argv)
-    chosen = [w for w in SUITE if options.only in w.name]
+    chosen = [w for w in SUITES[options.suite] if options.only in w.name]
     if not chosen:
         print(f"schedules: --only must be part of a workload's name, got {options.only!r}", file=sys.stderr)
         return 2
@@ -309,9 +331,16 @@ def main(argv: list[str] | None = None) -> int:
         print(f"schedules are judged on a Hopper GPU with sglang-kernel: {missing}", file=sys.stderr)
         return 2
     forward, results = load_forward(build), []
+    gpu, num_sms = torch.cuda.get_device_name(), torch.cuda.get_device_properties("cuda").multi_processor_count
+    if not 0 <= options.sm_margin < num_sms:
+        print(f"schedules: --sm-margin must be from 0 to {num_sms - 1}, got {options.sm_margin}", file=sys.stderr)
+        return 2
     print(gpu_facts(), flush=True)
+    print(f"{options.suite} suite on {num_sms - options.sm_margin} of {num_sms} SMs; the memory's peak bandwidth is "
+          f"{peak_gb_s(gpu) or math.nan:.0f} GB/s", flush=True)  # fmt: skip
     for w in chosen:
-        results.append(measure(w, forward, options.rounds, not options.no_sweep, options.among_weights))
+        more = options.rounds, not options.no_sweep, options.among_weights, options.sm_margin
+        results.append(measure(w, forward, *more))
         torch.cuda.empty_cache()
     report(results)
     if not options.only:
@@ -319,5 +348,9 @@ def main(argv: list[str] | None = None) -> int:
             fa3, ours = times["fa3"], times["balanced"]
             print(f"launch {batch} fa3 {fa3:.2f} balanced {ours:.2f} ratio {ours / fa3:.2f}")
     if options.csv:
-        write_csv(results, options.csv)
+        path = options.csv
+        if path.is_dir() or not path.suffix:
+            path = results_file(path, gpu, num_sms, options.sm_margin, options.suite)
+        write_csv(results, path, gpu, num_sms - options.sm_margin)
+        print(f"written to {path}")
     return 0

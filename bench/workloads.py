@@ -109,3 +109,56 @@ def _suite() -> tuple[Workload, ...]:
 
 
 SUITE = _suite()
+
+
+# (q heads, KV heads, head dim, that of v, dtype) of layers, common ones more than once
+_LAYERS = (
+    *[(8, 1, 128, None, "bfloat16")] * 4, *[(16, 2, 128, None, "bfloat16")] * 2, *[(32, 8, 128, None, "bfloat16")] * 3,
+    (64, 8, 128, None, "bfloat16"), (4, 1, 128, None, "bfloat16"), (64, 8, 64, None, "bfloat16"),
+    (8, 1, 64, None, "bfloat16"), (16, 8, 256, None, "bfloat16"), (16, 1, 64, 512, "bfloat16"),
+    (8, 1, 128, None, "float8_e4m3fn"), (32, 8, 128, None, "float8_e4m3fn"),
+)  # fmt: skip
+_MOST_KV_BYTES = 500 << 20  # of a layer
+
+
+def random_suite(count: int, seed: int) -> tuple[Workload, ...]:
+    """Decode batches drawn at random: layers, batch sizes, and lengths that are alike, skewed, of two kinds or grown.
+
+    All are held out: never looked at while a policy is made or fitted, they say what it is worth on what nobody thought
+    of. Another seed gives others.
+    """
+    rng, found = np.random.default_rng(seed), list[Workload]()
+    while len(found) < count:
+        num_heads, num_heads_k, headdim, headdim_v, dtype = _LAYERS[rng.integers(len(_LAYERS))]
+        batch, mean = round(2 ** rng.uniform(0, 7)), int(2 ** rng.uniform(8, 15))
+        kind, lengths = _random_lengths(rng, batch, mean)
+        key_bytes = num_heads_k * (headdim + (headdim_v or headdim)) * (1 if dtype == "float8_e4m3fn" else 2)
+        if sum(lengths) * key_bytes > _MOST_KV_BYTES:
+            continue
+        window = int(rng.choice([127, 1023, 4095])) if rng.random() < 0.15 and headdim_v is None else None
+        seqlen_q = int(rng.choice([2, 4, 8])) if rng.random() < 0.15 else 1
+        more = f"{num_heads}/{num_heads_k}, d {headdim}" + (", MLA" if headdim_v else "")
+        more += ", e4m3" if dtype == "float8_e4m3fn" else ""
+        more += (f", window {window}" if window else "") + (f", q {seqlen_q}" if seqlen_q > 1 else "")
+        name = f"random {len(found)}: {batch} {kind} {mean}, {more}"
+        found.append(Workload(
+            name, lengths, num_heads, num_heads_k, headdim, headdim_v, window, seqlen_q, dtype, held_out=True
+        ))  # fmt: skip
+    return tuple(found)
+
+
+def _random_lengths(rng: np.random.Generator, batch: int, mean: int) -> tuple[str, tuple[int, ...]]:
+    kind, seed = rng.choice(["x", "skewed", "around", "two kinds", "grown from"]), int(rng.integers(1 << 30))
+    if kind == "x":
+        return kind, uniform(batch, mean)
+    if kind == "skewed":
+        return kind, lognormal(batch, float(np.log(mean)), float(rng.choice([0.5, 1, 1.5])), seed, 131072)
+    if kind == "around":
+        return kind, between(batch, mean // 2, 3 * mean // 2, seed)
+    if kind == "grown from":
+        return kind, agentic(batch, mean, seed)
+    few = max(1, int(batch * rng.uniform(0, 0.3)))
+    return kind, mixed((few, min(131072, int(mean * 2 ** rng.uniform(2, 6)))), (batch - few, mean))
+
+
+RANDOM_SUITE = random_suite(40, 20261125)

@@ -55,7 +55,9 @@ class Capture:
         graph = ctypes.c_void_p(self._graph)
         if driver is None or driver.cuGraphGetNodes(graph, None, ctypes.byref(count)):
             return None
-        nodes = (ctypes.c_void_p * max(count.value, 1))()
+        if not count.value:  # the driver refuses to list none
+            return frozenset()
+        nodes = (ctypes.c_void_p * count.value)()
         if driver.cuGraphGetNodes(graph, nodes, ctypes.byref(count)):
             return None
         return frozenset(node or 0 for node in nodes[: count.value])

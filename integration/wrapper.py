@@ -19,6 +19,7 @@ from .calls import ForwardCall
 from .captured_writes import Capture, may_write
 from .installed import resolve_build
 from .schedules import step_of
+from .settings import is_disabled
 from .triton_kernels.builds import FA3Rules
 from .triton_kernels.plan import LaunchPlan
 from .triton_kernels.problem import DEFAULT_PARTIAL_BYTES, Problem, checked_bool, unchecked_replace
@@ -146,7 +147,8 @@ def wrap_forward(
     own schedule, so `batch_invariant` holds only within a capture or a `step()`.
 
     Args:
-        forward: the callable, from any module. One that is wrapped already is returned as it is.
+        forward: the callable, from any module. One that is wrapped already is returned as it is, and so is any where
+            the environment variable FA3_METADATA_DISABLE is set.
         build: the FA3 build behind it; None: the detected one.
         policy, batch_invariant, max_partial_bytes: as for `get_scheduler_metadata`.
 
@@ -165,6 +167,8 @@ def wrap_forward(
     defaults = {name: one.default for name, one in parameters.items() if one.default is not inspect.Parameter.empty}
     if "scheduler_metadata" not in parameters:
         raise TypeError(f"forward must take scheduler_metadata, got {forward!r} with {', '.join(names)}")
+    if is_disabled():
+        return forward
     takes = {name for name in ("num_splits", "pack_gqa") if name in parameters}
     told = "num_splits" in takes
     if batch_invariant and rules.bound_depends_on_batch and not told:

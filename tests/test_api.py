@@ -29,7 +29,8 @@ def parameters(function: Any) -> list[tuple[str, Any, bool]]:
 def test_exported_names() -> None:
     assert fa3_metadata.__all__ == [
         "DetectedBuild", "MetadataLayout", "MetadataPlan", "MetadataPlans", "detect_build", "flash_attn_with_kvcache",
-        "get_scheduler_metadata", "install", "metadata_layout", "step", "uninstall", "unpack_metadata", "wrap_forward",
+        "get_scheduler_metadata", "install", "metadata_layout", "status", "step", "trace", "uninstall",
+        "unpack_metadata", "wrap_forward",
     ]  # fmt: skip
     assert all(hasattr(fa3_metadata, name) for name in fa3_metadata.__all__ if name != "flash_attn_with_kvcache")
 

@@ -179,6 +179,8 @@ def test_sglangs_maker(batch_size: int, policy: str, sglang: Sglang, forward: Ca
     made = backend.forward_metadata.scheduler_metadata
     expected = forward(**call, num_splits=0)
     for function in (forward, sglang.module.flash_attn_with_kvcache):  # type: ignore[attr-defined]
+        if made is None and function is forward:  # the forward of SGLang's module is told our bound
+            continue
         output = function(**call, num_splits=0, scheduler_metadata=made)
         if policy == "fa3":
             assert torch.equal(output, expected)
@@ -186,7 +188,7 @@ def test_sglangs_maker(batch_size: int, policy: str, sglang: Sglang, forward: Ca
             torch.testing.assert_close(output, expected, atol=2e-2, rtol=2e-2)
     room = fa3_metadata.metadata_layout(batch_size, 1, WIDTH, HEADS, KV_HEADS, DIM, page_size=PAGE, causal=True,
                                         cu_seqlens_q=call["cu_seqlens_q"], build=BUILD).num_splits  # fmt: skip
-    assert most_splits(made, batch_size) <= room
+    assert made is None or most_splits(made, batch_size) <= room
     attached.detach()
 
 

@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 
 import pytest
+from fa3_metadata.engines.vllm_names import LAYOUTS
 from fa3_metadata.triton_kernels import builds, layout
 from fa3_metadata.triton_kernels.builds import RELEASES, SGLANG_0_4_5, Release, rules_for, version_key
 
@@ -54,10 +55,9 @@ def test_extras_allow_what_has_rules(extra: str) -> None:
 
 
 def test_vllms_extra_allows_what_the_adapter_attaches_to() -> None:
-    from .test_vllm_contract import ATTACHED
-
-    assert extras()["vllm"]["vllm"] == f">={ATTACHED[0]},<={ATTACHED[-1]}"
-    assert ATTACHED[-1] == releases.bounds("vllm")[1]
+    oldest, newest = LAYOUTS[-1].versions.split(" to ")[0], LAYOUTS[0].versions.split(" to ")[-1]
+    assert extras()["vllm"]["vllm"] == f">={oldest},<={newest}"
+    assert newest == releases.bounds("vllm")[1]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

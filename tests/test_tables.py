@@ -160,7 +160,7 @@ NO_KERNELS = {
     "objects": [{}] * 5, "an object": dict.fromkeys("abcde", 1), "lists": [[2]] * 5,
 }  # fmt: skip
 # Of the table, and of each kernel.
-NUMBERS = ("num_sms", "bandwidth_gb_s", "per_split_us", "shared_us", "alone_us", "tile_us")
+NUMBERS = ("num_sms", "bandwidth_gb_s", "peak_gb_s", "softness", "split_us", "alone_us", "tile_us")
 
 
 def _set(name: str, value: Any) -> dict[str, Any]:
@@ -175,21 +175,21 @@ def _constants() -> dict[str, tuple[dict[str, Any], str]]:
     """Tables of constants, and a part of the reason."""
     found = {f"{name} {what}": (_set(name, value), f"{name} must be a number from 1e-12 to 1e+12, got ")
              for name, (what, value) in itertools.product(NUMBERS, NO_NUMBERS.items())}  # fmt: skip
-    for name in ("num_sms", "bandwidth_gb_s", "shared_us", "alone_us"):
+    for name in ("num_sms", "bandwidth_gb_s", "peak_gb_s", "softness", "alone_us"):
         found[f"{name} 0"] = _set(name, 0), f"{name} must be a number from 1e-12 to 1e+12, got 0"
+    for value in (0.5, 17, 1e-11, 1e11):
+        found[f"softness {value}"] = _set("softness", value), "softness must be from 1 to 16, got "
     # Every number can be divided; it is the quotients that are beyond what the search can do with.
-    for name, value, constant in [
-        ("shared_us", 1e-11, "tile_us"), ("shared_us", 1e12, "tile_us"), ("tile_us", 1e12, "tile_us"),
-        ("tile_us", 1e-12, "tile_us"), ("alone_us", 1e-11, "alone_us"), ("alone_us", 1e9, "alone_us"),
-        ("per_split_us", 1e9, "per_split_us"), ("per_split_us", 1e-12, "per_split_us"),
-    ]:  # fmt: skip
-        found[f"{name} {value}"] = _set(name, value), f"ValueError: {constant} must be from 2.32831e-10 to 65536 times"
+    quotients = [("alone_us", 1e-11), ("alone_us", 1e9), ("tile_us", 1e9), ("split_us", 1e9)]
+    for name, value in quotients:
+        found[f"{name} {value}"] = _set(name, value), f"ValueError: {name} must be from "
     for name, value in [("num_sms", 1e-4), ("num_sms", 1e12), ("bandwidth_gb_s", 1e9), ("bandwidth_gb_s", 1e-9)]:
-        found[f"{name} {value}"] = _set(name, value), " for a kernel that was not measured"
-    # Fine for each of the kernels, but not for others: the mean is that of the slow one.
+        found[f"{name} {value}"] = _set(name, value), "ValueError: alone_us must be from "
     table = _good("balance")
-    table["kernels"][0] |= {"shared_us": 1e5, "alone_us": 1e5, "tile_us": 1e9}
-    found["one slow kernel"] = table, " for a kernel that was not measured"
+    table["kernels"][-1] |= {"alone_us": 1e9}
+    found["one slow kernel"] = table, "ValueError: alone_us must be from "
+    for what, kernel in {"a negative number": [-2, 128, 128, 64, 128], "a huge one": [2, 10**9, 128, 64, 128]}.items():
+        found[f"kernel: {what}"] = _set("kernel", kernel), "the numbers of a kernel must be from 1 to 1024"
     for what, kernel in NO_KERNELS.items():
         found[f"kernel: {what}"] = _set("kernel", kernel), "a kernel must be [element size, head dim,"
     for what, kernels in {"none": [], "an object": {"a": 1}, "a string": "kernels", "null": None, "3": 3}.items():
@@ -235,7 +235,7 @@ def test_no_hostile_table_stops_a_call_or_changes_it(device: torch.device) -> No
 
 
 def test_numbers_that_may_be_zero() -> None:
-    for name in ("per_split_us", "tile_us"):
+    for name in ("split_us", "tile_us"):
         balance.check_constants(_set(name, 0))
         balance.check_constants(_set(name, 0.0))
 
@@ -252,12 +252,8 @@ def _kernels_of_all_builds() -> set[tuple[int, int, int, int, int]]:
 
 
 def test_the_bounds_hold_for_every_kernel() -> None:
-    """Those that the check looks at are the extremes. A table at the edge of what it accepts is usable for all."""
-    kernels = _kernels_of_all_builds()
-    sizes = {block_n * (headdim + headdim_v) * size for size, headdim, headdim_v, _, block_n in kernels}
-    assert min(sizes) >= balance.LEAST_BLOCK_BYTES
-    assert max(sizes) <= balance.MOST_BLOCK_BYTES
-    accepted = 0
+    """A table at the edge of what is accepted is usable for all, on any number of SMs."""
+    kernels, accepted = _kernels_of_all_builds(), 0
     for name, value in itertools.product(NUMBERS, [10.0**power for power in range(-12, 13)]):
         table = _set(name, value)
         try:
@@ -265,26 +261,28 @@ def test_the_bounds_hold_for_every_kernel() -> None:
         except ValueError:
             continue
         accepted += 1
-        listed = {tuple(one["kernel"]): one for one in table["kernels"]}
-        for kernel in kernels:
-            size, headdim, headdim_v, _, block_n = kernel
-            found = listed.get(kernel) or balance._scaled(table, block_n * (headdim + headdim_v) * size)
-            costs = balance._in_blocks(table, found)
-            for what, cost in costs.items():
+        for kernel, num_sms in itertools.product(kernels, (1, 132, 2000)):
+            costs = balance.costs_from(table, kernel, num_sms, batch_invariant=True)
+            for cost in (costs.tile, costs.per_split, *costs.block):
                 assert cost == np.float32(cost)
-                assert balance.LEAST_COST <= cost <= balance.MOST_COST or (cost == 0 and what != "alone")
-    assert 40 < accepted < 140
+            assert 0 <= costs.tile <= balance.MOST_COST
+            assert 0 <= costs.per_split <= balance.MOST_COST
+            assert 0 <= costs.alone <= 1.05
+            assert sum(costs.block) == pytest.approx(1, abs=0.05)
+            assert costs.fixed_blocks >= 1
+    assert 30 < accepted < 140
 
 
-@pytest.mark.parametrize("tile", [0.0, balance.LEAST_COST, balance.MOST_COST])
-@pytest.mark.parametrize("alone", [balance.LEAST_COST, balance.MOST_COST])
+@pytest.mark.parametrize("tile", [0.0, balance.MOST_COST])
+@pytest.mark.parametrize("alone", [balance.LEAST_ALONE, balance.MOST_ALONE])
 @pytest.mark.parametrize("per_split", [0.0, balance.MOST_COST])
 def test_the_search_stays_finite_at_the_bounds(
     tile: float, alone: float, per_split: float, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    costs = {invariant: balance.Costs(tile, alone, per_split, balance._invariant_blocks(tile) if invariant else 0)
+    block = balance._cubic(alone, 3.0)
+    costs = {invariant: balance.Costs(tile, block, per_split, balance._invariant_blocks(tile) if invariant else 0)
              for invariant in (False, True)}  # fmt: skip
-    monkeypatch.setattr(plan, "costs_of", lambda problem, _: costs[problem.batch_invariant])
+    monkeypatch.setattr(plan, "costs_of", lambda problem, _, __: costs[problem.batch_invariant])
     for lengths, heads in (([0], 8), (LENGTHS, 8), ([2**24 - 512] * 64, 1024), ([1] * 63 + [2**24 - 512], 16)):
         call = {
             "batch_size": len(lengths), "max_seqlen_q": 4, "max_seqlen_k": 2**24 - 512, "num_heads": heads,
@@ -420,9 +418,9 @@ def test_a_file_that_may_not_be_read(kind: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_links_are_followed(cache: pathlib.Path) -> None:
-    tables.write_table(cache / "elsewhere.json", _good("balance", per_split_us=0.5))
+    tables.write_table(cache / "elsewhere.json", _good("balance", split_us=0.5))
     tables.cache_file("balance", GPU).symlink_to("elsewhere.json")
-    assert balance.constants_of(GPU)["per_split_us"] == 0.5
+    assert balance.constants_of(GPU)["split_us"] == 0.5
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------

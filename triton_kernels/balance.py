@@ -1,17 +1,24 @@
-"""Policy "balanced": what an attention tile costs on a GPU, and how many splits are allowed.
+"""Policy "balanced": what an attention layer costs on a GPU, and how many splits are allowed.
 
 FA3's own rule looks at the batch's total alone. Here the number of key blocks in a split is chosen to minimise the
-predicted time of the attention and combine kernels. The model has four constants a kernel, measured by
-`fa3-metadata tune balance` and kept in balance_*.json or in the cache folder (tables.py):
+time that a law of the GPU predicts. Work tiles go, the largest first, to the SM that is free first; every tile costs
+`tile` besides its key blocks; and while a of n SMs work, a key block takes
 
-    shared_us     a key block when every SM works, that is, at the memory's full bandwidth
-    alone_us      a key block on an SM that has the memory to itself
-    tile_us       starting and finishing a work tile, whatever its size
-    per_split_us  combining, for each split of the sequence with the most
+    (alone^p + (shared a / n)^p)^(1/p),    shared = bytes of a block * n / bandwidth
 
-With a share f of the SMs at work a block takes alone_us + (shared_us - alone_us) f^3. reference.py and
-balanced_kernel.py compute the prediction, in units of shared_us, in float32. A table is used only if every constant of
-every kernel, measured or scaled, is in these units from LEAST_COST to MOST_COST; tile_us and per_split_us may be 0.
+as the SMs share the memory's bandwidth, softly. Bandwidth, p and what combining takes are a card's, alone and tile a
+kernel's. With c key blocks a split there are b "big" tiles for each SM, those of more than c / 2, of the mean cost m,
+and the rest, s in all for each SM. As the big ones go first, they come in waves. With d = c + tile - m:
+
+    full waves   all but the last r of b are done at full rate: m b - r l, with l = m, or m - 2 d / b in a later wave:
+                 the tiles that are left over are the smallest
+    last wave    h = c + tile high, or l in a later wave. Of two halves of h, SMs are busy in the lower with a share
+                 r + s / (h / 2), in the upper with r (l / (h / 2) - 1); what is more than 1 moves up
+    overhang     m' - 2 d, with m' the mean of the rest, half of it, alone: where these need more than 1 - r of the SMs
+
+Where there are at most as many tiles as SMs, that is the law itself but for what it makes of sizes between. The
+numbers are measured, by `fa3-metadata tune balance`, and kept in balance_*.json or in the cache folder (tables.py).
+A card that was not measured takes the constants of one that was, with its own bandwidth and SMs (card.py).
 """
 
 from __future__ import annotations
@@ -22,68 +29,99 @@ from typing import Any
 
 import numpy as np
 
+from .card import peak_gb_s
 from .problem import Problem
 from .tables import Table, find_table
 
-NUM_CANDIDATES = 8  # for the key blocks of a split, see reference.py
+NUM_CANDIDATES = 8  # for the key blocks of a split: candidate_of
 MOST_FOR_ALL_CANDIDATES = 128  # sequences, a power of two; in larger batches every second is tried: a shorter launch
+# Candidate k: so many 64ths of an SM's load, rounded up, and so many key blocks more. The first, 1.1 exactly, is FA3's.
+CANDIDATES = ((70, 0), (72, 1), (94, 0), (72, 3), (37, 3), (37, 0), (19, 6), (16, 3))
+CLEAR_GAIN = 1.01  # FA3's is left only for one that is predicted to take this part less
 MOST_QUERY_BLOCKS = 15  # of a sequence that the model counts: more than a call that it serves may have, and four bits
-# Bounds of the constants in units of shared_us, far beyond the 0.005 to 50 that GPUs have. The search squares the cost
-# of tiles that are 2^31 at most, their sum in int32, times the heads: with 2^11 heads (2^42 MOST_COST)^2, well under
-# float32's 2^128. Nothing becomes subnormal, and the cost of a block, which has 1 - alone in it, stays positive.
-LEAST_COST, MOST_COST = 2.0**-32, 2.0**16
-# Bytes of K and V in a key block, of all kernels of all builds: for which a table must give constants in these bounds.
-LEAST_BLOCK_BYTES, MOST_BLOCK_BYTES = 2**12, 2**19
+# Bounds of `Costs`, far beyond what GPUs have (alone 0.2 to 2, tile 0.1 to 3), with which nothing overflows: the search
+# multiplies two numbers of tiles, 2^31 each, times 2^11 heads each. A table is refused where they are exceeded, and a
+# kernel or a number of SMs that no table was checked for keeps to them.
+LEAST_ALONE, MOST_ALONE, MOST_COST = 2.0**-6, 2.0**10, 2.0**16
 _LEAST_NUMBER, _MOST_NUMBER = 1e-12, 1e12  # of a table, so that no quotient overflows
 _MAX_SPLITS = 128  # what FA3's heuristic allows, too
 _MIN_COMBINE_SPLITS = 32  # the combine kernel costs the same up to here
+_LEAST_INVARIANT, _MOST_INVARIANT = 4, 8  # key blocks: by the law the best over many batches, whatever the kernel
 
 
 @dataclass(frozen=True)
 class Costs:
-    """The model of one kernel on one GPU. In units of a key block at full bandwidth; all float32 values."""
+    """The model of one kernel on one GPU. In key blocks while all SMs work, or that time; all float32 values."""
 
     tile: float
-    alone: float
+    block: tuple[float, float, float, float]  # with a share f of the SMs at work: [0] + [1] f + [2] f^2 + [3] f^3
     per_split: float
     fixed_blocks: int = 0  # key blocks of every split, for batch-invariant schedules; 0: searched for
 
+    @property
+    def alone(self) -> float:
+        """A key block on an SM that has the memory to itself."""
+        return self.block[0]
 
-def costs_of(problem: Problem, kernel: tuple[int, int, int, int, int]) -> Costs:
+
+def costs_of(problem: Problem, kernel: tuple[int, int, int, int, int], num_sms: int) -> Costs:
     """The model of a kernel: (element size, head dim, head dim of v, kBlockM, kBlockN), head dims as compiled.
 
     A kernel that was not measured gets scaled constants.
     """
-    table = constants_of(problem.gpu)
-    found = next((one for one in table["kernels"] if tuple(one["kernel"]) == kernel), None)
-    if found is None:
-        element_size, headdim, headdim_v, _, block_n = kernel
-        found = _scaled(table, block_n * (headdim + headdim_v) * element_size)
-    fixed = _invariant_blocks(found["tile_us"] / found["shared_us"]) if problem.batch_invariant else 0
-    return Costs(**_in_blocks(table, found), fixed_blocks=fixed)
+    return costs_from(constants_of(problem.gpu), kernel, num_sms, problem.batch_invariant)
 
 
-def _in_blocks(table: Table, found: dict[str, float]) -> dict[str, float]:
-    """The float32 values of `Costs` for a kernel's constants."""
-    times = {"tile": found["tile_us"], "alone": found["alone_us"], "per_split": table["per_split_us"]}
-    return {name: _float32(time / found["shared_us"]) for name, time in times.items()}
+def costs_from(table: Table, kernel: tuple[int, ...], num_sms: int, batch_invariant: bool = False) -> Costs:
+    """The same by the constants of a table."""
+    found = next((one for one in table["kernels"] if tuple(one["kernel"]) == kernel), None) or _scaled(table, kernel)
+    alone, tile, per_split, full = _in_blocks(table, found, block_bytes(kernel), max(num_sms, 1))
+    tile = min(tile, MOST_COST)
+    block = _cubic(min(max(alone, LEAST_ALONE), MOST_ALONE), table["softness"])
+    fixed = _invariant_blocks(tile) if batch_invariant else 0
+    return Costs(_float32(tile), block, _float32(min(per_split / full, MOST_COST)), fixed)
 
 
-def _scaled(table: dict[str, Any], block_bytes: int) -> dict[str, float]:
-    """Constants for a kernel from the GPU's bandwidth, and from what measured kernels have in common."""
-    shared = block_bytes * table["num_sms"] / (table["bandwidth_gb_s"] * 1e3)
-    kernels = table["kernels"]
-    alone = sum(one["alone_us"] / one["shared_us"] for one in kernels) / len(kernels)
+def _in_blocks(table: Table, found: Table, size: int, num_sms: int) -> tuple[float, float, float, float]:
+    """In units of a block's time at the memory's bandwidth: alone, tile, a split, and a block while all SMs work."""
+    shared = size * num_sms / (table["bandwidth_gb_s"] * 1e3)
+    alone, p = found["alone_us"] / shared, table["softness"]
+    bounded = min(max(alone, LEAST_ALONE), MOST_ALONE)
+    return alone, found["tile_us"] / shared, table["split_us"] / shared, (bounded**p + 1) ** (1 / p)
+
+
+@lru_cache(maxsize=256)
+def _cubic(alone: float, p: float) -> tuple[float, float, float, float]:
+    """The polynomial nearest to the law, relatively, over shares of the SMs from 0 to 1; exact where all work."""
+    share = np.linspace(0, 1, 33)
+    law = ((alone**p + share**p) / (alone**p + 1)) ** (1 / p)
+    powers = share[:, None] ** np.arange(1, 4)
+    rise = np.linalg.lstsq((powers - 1) / law[:, None], (law - 1) / law, rcond=None)[0]
+    return _float32(max(1 - rise.sum(), 0.0)), _float32(rise[0]), _float32(rise[1]), _float32(rise[2])
+
+
+def block_bytes(kernel: tuple[int, ...]) -> int:
+    """Bytes of K and V in a key block."""
+    element_size, headdim, headdim_v, _, block_n = kernel
+    return block_n * (headdim + headdim_v) * element_size
+
+
+def _scaled(table: Table, kernel: tuple[int, ...]) -> Table:
+    """Constants of a kernel from what measured ones have in common: a line through the times of their blocks."""
+    sizes = np.array([block_bytes(tuple(one["kernel"])) for one in table["kernels"]], float)
+    times = np.array([one["alone_us"] for one in table["kernels"]], float)
+    spread = ((sizes - sizes.mean()) ** 2).sum()
+    slope = ((sizes - sizes.mean()) * (times - times.mean())).sum() / spread if spread else 0.0
+    alone = times.mean() + slope * (block_bytes(kernel) - sizes.mean())
     return {
-        "shared_us": shared,
-        "alone_us": shared * alone,
-        "tile_us": sum(k["tile_us"] for k in kernels) / len(kernels),
+        "alone_us": float(np.clip(alone, times.min() / 4, times.max() * 4)),
+        "tile_us": float(np.median([one["tile_us"] for one in table["kernels"]])),
     }
 
 
 def _invariant_blocks(tile: float) -> int:
-    """Key blocks of a split that does not depend on the batch: a tile's fixed cost is an eighth of it."""
-    return max(1, round(8 * tile))
+    """Key blocks of a split that does not depend on the batch: a tile's fixed cost is an eighth of it, or so."""
+    return max(_LEAST_INVARIANT, min(round(8 * tile), _MOST_INVARIANT))
 
 
 def balanced_num_splits(problem: Problem, tiles_of_a_sequence: int, num_n_blocks: int, num_sms: int, fa3: int) -> int:
@@ -104,35 +142,51 @@ def balanced_num_splits(problem: Problem, tiles_of_a_sequence: int, num_n_blocks
     return max(1, min(useful, problem.max_partial_bytes // max(1, rows * row_bytes)))
 
 
-@lru_cache(maxsize=16)
-def constants_of(gpu: str) -> dict[str, Any]:
-    """The constants of a GPU: tuned on this machine, else shipped, else those of an H200."""
-    return find_table("balance", gpu, check_constants)
+@lru_cache(maxsize=64)
+def constants_of(gpu: str) -> Table:
+    """The constants of a GPU: tuned on this machine, else shipped, else an H200's with its own bandwidth.
+
+    An H200's were seen to serve an H100 that way, and either's to serve a part of its SMs.
+    """
+    table = find_table("balance", gpu, check_constants)
+    peak = peak_gb_s(gpu) if table["gpu"] != gpu else None
+    if peak is None:
+        return table
+    return table | {"bandwidth_gb_s": peak * table["bandwidth_gb_s"] / table["peak_gb_s"]}
 
 
 def check_constants(table: Table) -> None:
-    """Raise `KeyError`, `TypeError` or `ValueError` for a table that `costs_of` cannot use, whatever the kernel."""
-    for name in ("num_sms", "bandwidth_gb_s"):
+    """Raise `KeyError`, `TypeError` or `ValueError` for a table that `costs_of` cannot use."""
+    for name in ("num_sms", "bandwidth_gb_s", "peak_gb_s"):
         _check_number(name, table[name])
-    _check_number("per_split_us", table["per_split_us"], or_zero=True)
+    _check_number("split_us", table["split_us"], or_zero=True)
+    _check_number("softness", table["softness"])
+    if not 1 <= table["softness"] <= 16:
+        raise ValueError(f"softness must be from 1 to 16, got {table['softness']!r}")
     kernels = table["kernels"]
     if not isinstance(kernels, list) or not kernels:
         raise ValueError("kernels must be a list of at least one")
     for one in kernels:
-        kernel = one["kernel"]
-        if not isinstance(kernel, list) or len(kernel) != 5 or any(type(part) is not int for part in kernel):
-            raise ValueError(f"a kernel must be [element size, head dim, head dim of v, kBlockM, kBlockN]: {kernel!r}")
-        for name in ("shared_us", "alone_us"):
-            _check_number(name, one[name])
-        _check_number("tile_us", one["tile_us"], or_zero=True)
-    # Scaled constants rise or fall with the size of a block.
-    for found in (*kernels, _scaled(table, LEAST_BLOCK_BYTES), _scaled(table, MOST_BLOCK_BYTES)):
-        for name, cost in _in_blocks(table, found).items():
-            if not LEAST_COST <= cost <= MOST_COST and (name == "alone" or cost != 0):
-                kernel = found.get("kernel", "a kernel that was not measured")
-                raise ValueError(
-                    f"{name}_us must be from {LEAST_COST:g} to {MOST_COST:g} times shared_us, got {cost:g} for {kernel}"
-                )
+        _check_kernel(table, one)
+
+
+def _check_kernel(table: Table, one: Table) -> None:
+    kernel = one["kernel"]
+    if not isinstance(kernel, list) or len(kernel) != 5 or any(type(part) is not int for part in kernel):
+        raise ValueError(f"a kernel must be [element size, head dim, head dim of v, kBlockM, kBlockN]: {kernel!r}")
+    if not all(0 < part <= 1024 for part in kernel):
+        raise ValueError(f"the numbers of a kernel must be from 1 to 1024: {kernel!r}")
+    _check_number("alone_us", one["alone_us"])
+    _check_number("tile_us", one["tile_us"], or_zero=True)
+    alone, tile, split, _ = _in_blocks(table, one, block_bytes(tuple(kernel)), table["num_sms"])
+    bounds = (LEAST_ALONE, MOST_ALONE), (0.0, MOST_COST), (0.0, MOST_COST)
+    for name, cost, (least, most) in zip(
+        ("alone_us", "tile_us", "split_us"), (alone, tile, split), bounds, strict=True
+    ):
+        if not least <= cost <= most:
+            raise ValueError(
+                f"{name} must be from {least:g} to {most:g} times a block at the bandwidth, got {cost:g} for {kernel}"
+            )
 
 
 def _check_number(name: str, value: Any, or_zero: bool = False) -> None:

@@ -8,11 +8,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .balance import MOST_FOR_ALL_CANDIDATES, MOST_QUERY_BLOCKS, NUM_CANDIDATES
+from .balance import CANDIDATES as MULTIPLES
+from .balance import CLEAR_GAIN, MOST_FOR_ALL_CANDIDATES, MOST_QUERY_BLOCKS, NUM_CANDIDATES
 from .blocks import cdiv, num_blocks
 
 CANDIDATES = tl.constexpr(NUM_CANDIDATES)
 HALF = tl.constexpr(NUM_CANDIDATES // 2)
+PARTS, MORE = (tl.constexpr(int.from_bytes(bytes(column), "little")) for column in zip(*MULTIPLES, strict=True))
+GAIN = tl.constexpr(CLEAR_GAIN)
 WARP = tl.constexpr(32)
 MOST_M_BLOCKS = tl.constexpr(MOST_QUERY_BLOCKS)
 ALL_CANDIDATES = tl.constexpr(MOST_FOR_ALL_CANDIDATES)
@@ -33,8 +36,9 @@ def work_of(num_m, num_n, causal_saving):
 
 
 @triton.jit
-def _block_cost(busy, alone):
-    return alone + (1.0 - alone) * (busy * busy * busy)
+def _block_cost(busy, block):
+    at_0, by_1, by_2, by_3 = block
+    return at_0 + busy * (by_1 + busy * (by_2 + busy * by_3))
 
 
 @triton.jit
@@ -45,7 +49,8 @@ def fastest_blocks_per_split(
 
     `group_m`, `group_n` [GROUP]: query and key blocks of `lengths`. `most`, `n`, LAYOUT: as for num_blocks.
     """
-    model = (n.num_heads.to(tl.float32), n.load_factor, n.num_splits, n.tile_cost, n.alone_cost, n.split_cost)
+    block = (n.block_cost_0, n.block_cost_1, n.block_cost_2, n.block_cost_3)
+    model = (n.num_heads.to(tl.float32), n.load_factor, n.num_splits, n.tile_cost, block, n.split_cost)
     group_m = few_blocks(group_m)
     if GROUP <= ONE_WARP:
         # [GROUP, CANDIDATES]. One number for three, made as wide as that (by adding zeros) before it is taken apart,
@@ -53,15 +58,15 @@ def fastest_blocks_per_split(
         k = tl.arange(0, CANDIDATES)[None, :]
         work = work_of(group_m, group_n, n.causal_saving)
         wide = ((work.to(tl.int64) << 32) | (group_n * 16 + group_m))[:, None] + (k & CANDIDATES)
-        c, size, load, longest = _candidates(k, tl.sum(work), tl.max(group_n), model, LAYOUT.short)
+        c, inverse, load, longest = _candidates(k, tl.sum(work), tl.max(group_n), model, LAYOUT.short)
         blocks, work = wide.to(tl.int32), (wide >> 32).to(tl.int32)
-        tiles, big = _tiles(blocks & 15, blocks >> 4, c, size)
+        tiles, big = _tiles(blocks & 15, blocks >> 4, c, inverse)
         big_work = tl.where(big, work, 0)
         joined = tl.join(tl.join(tiles, tl.where(big, tiles, 0)), tl.join(big_work, big_work))
         counts, big_work = tl.split(tl.sum(joined, axis=0, keep_dims=True))  # three sums in one reduction
         all_tiles, big_tiles = tl.split(counts)
         big_work, _ = tl.split(big_work)
-        key = _predicted(k, size, load, longest, all_tiles, big_tiles, big_work, model)
+        key = _predicted(k, c, inverse, load, longest, all_tiles, big_tiles, big_work, model)
         # The warp has every candidate in four of its threads, and an instruction for the least number of all of them.
         key = tl.broadcast_to(key, (WARP // CANDIDATES, CANDIDATES))
         return tl.max(tl.where(key == tl.min(key), c, 0))
@@ -86,10 +91,10 @@ def fastest_blocks_per_split(
 def _key(k, batch, model, SHORT: tl.constexpr):
     """`_predicted` of candidates [HALF, 1, 1] in the upper half of an int64, and their key blocks of a split."""
     num_m, num_n, work, total, longest = batch
-    c, size, load, longest = _candidates(k, total, longest, model, SHORT)
-    tiles, big = _tiles(num_m, num_n, c, size)
+    c, inverse, load, longest = _candidates(k, total, longest, model, SHORT)
+    tiles, big = _tiles(num_m, num_n, c, inverse)
     big_tiles, big_work = _of_all(tl.where(big, tiles, 0)), _of_all(tl.where(big, work, 0))
-    key = _predicted(k, size, load, longest, _of_all(tiles), big_tiles, big_work, model)
+    key = _predicted(k, c, inverse, load, longest, _of_all(tiles), big_tiles, big_work, model)
     return (key.to(tl.int64) << 32) | c
 
 
@@ -101,47 +106,66 @@ def _of_all(x):
 
 @triton.jit
 def _candidates(k, total, longest, model, SHORT: tl.constexpr):
-    """reference._candidates `k`: key blocks of a split; (as float32, tile cost added, reciprocal), load, longest."""
-    heads, share, num_splits, tile, _, _ = model
+    """reference._candidates `k`: key blocks of a split, their reciprocal; load, longest."""
+    heads, share, num_splits, _, _, _ = model
     load, longest = tl.maximum(total.to(tl.float32) * heads * share, 0.0), tl.maximum(longest, 1)
-    spread = tl.where(k == CANDIDATES - 1, 96, 32 + 3 * k).to(tl.float32) * 0.015625
-    bounded = tl.minimum(load, 2097152.0)
-    c = 1 + k + _rounded(bounded * spread - 0.4995)
-    c = tl.where(k == 0, _rounded(bounded * 1.1 + 0.4995), c)
+    place = k.to(tl.int64) * 8  # of a byte
+    parts, more = ((place * 0 + PARTS) >> place) & 255, ((place * 0 + MORE) >> place) & 255
+    of_load = tl.where(k == 0, 1.1, parts.to(tl.float32) * 0.015625)
+    c = _rounded(tl.minimum(load, 2097152.0) * of_load + 0.4995) + more.to(tl.int32)
     c = tl.maximum(tl.minimum(c, longest), cdiv(longest, num_splits, SHORT))
-    size = c.to(tl.float32)
-    longest_tile = size + tile
-    return c, (size, longest_tile, _reciprocal(size * longest_tile)), load, longest
+    return c, _reciprocal(c.to(tl.float32)), load, longest
 
 
 @triton.jit
-def _tiles(num_m, num_n, c, size):
-    """Work tiles of a head, and whether they are at least half as long as the longest."""
-    _, longest_tile, reciprocal = size
-    splits = _rounded(num_n.to(tl.float32) * (longest_tile * reciprocal) + 0.4995)
+def _tiles(num_m, num_n, c, inverse):
+    """Work tiles of a head, and whether they are more than half as long as a split may be."""
+    splits = _rounded(num_n.to(tl.float32) * inverse + 0.4995)
     return num_m * tl.maximum(splits, 1), num_n * 2 > c
 
 
 @triton.jit
-def _predicted(k, size, load, longest, all_tiles, big_tiles, big_work, model):
-    """reference._predicted_time as an int32 that rises with it; the last three bits are the candidate's number."""
-    heads, share, _, tile, alone, split_cost = model
-    size, longest_tile, reciprocal = size
-    average = load + tile * (all_tiles.to(tl.float32) * heads) * share
-    big_tiles = big_tiles.to(tl.float32) * heads
-    big_cost = tl.maximum(big_work.to(tl.float32) * heads + tile * big_tiles, 1e-6)
-    big_tiles = tl.maximum(big_tiles, 1.0)
-    quotient = _reciprocal(big_tiles * big_cost)
-    big_tile = big_cost * big_cost * quotient
-    full_waves = ((big_tiles - 0.5) * share - 0.4995 + 12582912.0) - 12582912.0
-    filled = average * (big_tiles * big_tiles * quotient) - full_waves
-    waves = big_tile * (full_waves + _block_cost(tl.minimum(filled, 1.0), alone))
-    time = tl.where(filled >= 1.0, average, waves)
-    busy = tl.minimum(average * (size * reciprocal), 1.0)
-    time = tl.maximum(time, longest_tile * _block_cost(busy, alone))
-    time += longest.to(tl.float32) * (longest_tile * reciprocal) * split_cost
-    time = tl.where(k == 0, time, time * 1.03)
+def _predicted(k, c, inverse, load, longest, all_tiles, big_tiles, big_work, model):
+    """The predicted time as an int32 that rises with it; the last three bits are the candidate's number."""
+    heads, share, _, _, _, split_cost = model
+    all_tiles, big_tiles = all_tiles.to(tl.float32) * heads, big_tiles.to(tl.float32) * heads
+    time = _predicted_time(c, load, all_tiles, big_tiles, big_work.to(tl.float32) * heads * share, model)
+    time += longest.to(tl.float32) * inverse * split_cost
+    time = tl.maximum(tl.where(k == 0, time, time * GAIN), 0.0)
     return (time.to(tl.int32, bitcast=True) & -CANDIDATES) | k  # a positive float's bits rise with it
+
+
+@triton.jit
+def _predicted_time(c, load, all_tiles, big_tiles, big_load, model):
+    """reference._predicted_time"""
+    _, share, _, tile, block, _ = model
+    tallest = c.to(tl.float32) + tile
+    small_tiles = tl.maximum(all_tiles - big_tiles, 0.0)
+    big_tiles = tl.maximum(big_tiles, 1.0)
+    waves, others = big_tiles * share, tl.maximum(small_tiles, 1.0) * share
+    quotient = _reciprocal(waves * others)
+    each = others * quotient
+    big = big_load * each + tile
+    small_load = tl.maximum(load - big_load, 0.0)
+    small = small_load * (waves * quotient) + tile
+    filling = small_load + tile * (small_tiles * share)
+
+    full_waves = ((big_tiles - 0.5) * share - 0.4995 + 12582912.0) - 12582912.0
+    left = waves - full_waves
+    spread = tl.maximum(tallest - big, 0.0)
+    later = full_waves >= 1.0
+    low = tl.where(later, tl.maximum(big - 2.0 * spread * each, spread), big)
+    height = tl.where(later, low, tallest)
+    half = 0.5 * height
+    per_half = _reciprocal(half)
+    lower = left + filling * per_half
+    busy = tl.minimum(lower, 1.0)
+    upper = left * (low * per_half - 1.0) + (lower - busy)
+    busy_above = tl.minimum(upper, 1.0)
+    last_wave = half * (_block_cost(busy, block) + _block_cost(busy_above, block) + (upper - busy_above))
+    time = (big * waves - left * low) + last_wave
+    overhang = tl.maximum(small - 2.0 * spread, 0.0) * (0.5 * block[0])
+    return tl.where(filling > (1.0 - left) * height, time + overhang, time)
 
 
 @triton.jit

@@ -31,7 +31,7 @@ INTERPRETED = kernel.INTERPRETED
 LengthPointers = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 EARLY_VARIABLE = "FA3_METADATA_EARLY_LAUNCH"  # 0: start only when the kernel before has ended
 DRIVER_VARIABLE = "FA3_METADATA_DRIVER_LAUNCH"  # 0: Triton launches, with its hooks
-_NO_COSTS = Costs(0.0, 0.0, 0.0)
+_NO_COSTS = Costs(0.0, (0.0, 0.0, 0.0, 0.0), 0.0)
 _ONE_SPLIT, _FA3_RULE, _SEARCH, _LOAD, _FIXED = (
     int(way.value) for way in (kernel.ONE_SPLIT, kernel.FA3_RULE, kernel.SEARCH, kernel.LOAD, kernel.FIXED)
 )
@@ -267,7 +267,10 @@ def _numbers(plan: LaunchPlan) -> Numbers:
         fixed_blocks=costs.fixed_blocks,
         causal_saving=plan.causal_saving,
         tile_cost=costs.tile,
-        alone_cost=costs.alone,
+        block_cost_0=costs.block[0],
+        block_cost_1=costs.block[1],
+        block_cost_2=costs.block[2],
+        block_cost_3=costs.block[3],
         split_cost=costs.per_split,
     )
 

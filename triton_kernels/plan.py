@@ -173,7 +173,7 @@ def make_plan(problem: Problem, rules: FA3Rules) -> LaunchPlan:
         heads_per_l2_head=1 if pack_gqa else group,
         max_kvblocks_in_l2=rules.l2_bytes(group) // kv_block_bytes,
         dynamic_splits=dynamic_splits,
-        costs=costs_of(p, _compiled_kernel(p, block_m, block_n)) if balanced else None,
+        costs=costs_of(p, _compiled_kernel(p, block_m, block_n), num_sms) if balanced else None,
         attention_chunk=p.attention_chunk,
         max_seqlen_q=p.max_seqlen_q,
         is_short=_is_short(p, p.max_seqlen_k),

@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .balance import MOST_FOR_ALL_CANDIDATES, MOST_QUERY_BLOCKS, NUM_CANDIDATES, Costs
+from .balance import CANDIDATES, CLEAR_GAIN, MOST_FOR_ALL_CANDIDATES, MOST_QUERY_BLOCKS, NUM_CANDIDATES, Costs
 from .builds import MAX_DYNAMIC_SPLIT_BATCH
 from .plan import LaunchPlan
 from .problem import SHORT_LIMIT, Problem
 from .reciprocal import approximate_reciprocal
 
 Ints = NDArray[np.int32]
+Floats = Any  # a float32, or an array of them
 
 
 @dataclass(frozen=True)
@@ -35,14 +36,17 @@ class Lengths:
 def reference_metadata(problem: Problem, plan: LaunchPlan, lengths: Lengths) -> Ints:
     """The metadata as an int32 array of `plan.layout.size` elements; padding is zero."""
     rows, num_m_blocks, num_n_blocks = sequence_blocks(problem, plan, lengths)
-    num_splits = np.ones_like(num_n_blocks)
     if plan.costs is not None:
         num_n_blocks = blocks_read(problem, plan, lengths)
-    if plan.dynamic_splits and plan.costs is None:
-        num_splits = _split(plan, num_m_blocks, num_n_blocks)
-    elif plan.dynamic_splits:
-        num_splits = split_balanced(plan, num_m_blocks, num_n_blocks)
+    num_splits = splits_of(plan, num_m_blocks, num_n_blocks)
     return metadata_of_splits(plan, rows, num_m_blocks, num_n_blocks, num_splits)
+
+
+def splits_of(plan: LaunchPlan, num_m_blocks: Ints, num_n_blocks: Ints) -> Ints:
+    """KV splits of every sequence; under policy "balanced" of the key blocks that are read."""
+    if not plan.dynamic_splits:
+        return np.ones_like(num_n_blocks)
+    return (_split if plan.costs is None else split_balanced)(plan, num_m_blocks, num_n_blocks)
 
 
 def sequence_blocks(problem: Problem, plan: LaunchPlan, lengths: Lengths) -> tuple[Ints, Ints, Ints]:
@@ -179,53 +183,70 @@ def _group_load(plan: LaunchPlan, num_m_blocks: Ints, blocks: Ints) -> Ints:
 
 
 def _fastest_blocks_per_split(plan: LaunchPlan, num_m_blocks: Ints, blocks: Ints) -> np.int32:
-    """Of a few candidates, the number of key blocks a split for which balance.py's model predicts the least time.
-
-    Work tiles of more than half a split are "big": the SMs do them first, in waves, since longer ones come first.
-    What the last wave leaves idle is filled by the small ones, or stays idle.
-    """
+    """Of a few candidates, the number of key blocks a split for which balance.py's law predicts the least time."""
     costs, f32, i32 = plan.costs, np.float32, np.int32
     assert costs is not None
     longest, work = i32(max(blocks.max(initial=0), 1)), _work(plan, num_m_blocks, blocks)
     heads, share, load = f32(plan.num_heads), f32(plan.share_of_load), _load(plan, work)
     k = np.arange(0, NUM_CANDIDATES, 1 if len(blocks) <= MOST_FOR_ALL_CANDIDATES else 2, dtype=i32)
     candidates = _candidates(plan, k, load, longest)
-    tile, size = f32(costs.tile), candidates.astype(f32)
-    longest_tile = size + tile
-    reciprocal = _reciprocal(size * longest_tile)  # one division for two
-    inverse = longest_tile * reciprocal
+    inverse = _reciprocal(candidates.astype(f32))
 
     wanted = _rounded(blocks[:, None].astype(f32) * inverse + f32(0.4995))  # up, but for the least excess
     tiles = num_m_blocks[:, None] * np.maximum(wanted.astype(i32), 1)
-    big = 2 * blocks[:, None] > candidates
+    is_big = 2 * blocks[:, None] > candidates
     all_tiles = np.sum(tiles, axis=0, dtype=i32).astype(f32) * heads
-    big_tiles = np.sum(tiles * big, axis=0, dtype=i32).astype(f32) * heads
-    big_blocks = np.sum(work[:, None] * big, axis=0, dtype=i32).astype(f32) * heads
+    big_tiles = np.sum(tiles * is_big, axis=0, dtype=i32).astype(f32) * heads
+    big_load = np.sum(work[:, None] * is_big, axis=0, dtype=i32).astype(f32) * heads * share
 
-    average = load + tile * all_tiles * share  # cost of an SM's tiles
-    big_cost = np.maximum(big_blocks + tile * big_tiles, f32(1e-6))
-    big_tiles = np.maximum(big_tiles, f32(1))
-    quotient = _reciprocal(big_tiles * big_cost)
-    big_tile = big_cost * big_cost * quotient  # its mean cost
-    full_waves = _rounded((big_tiles - f32(0.5)) * share - f32(0.4995))  # down
-    filled = average * (big_tiles * big_tiles * quotient) - full_waves  # of the SMs in the last wave, small tiles too
-    waves = big_tile * (full_waves + _block_cost(costs, np.minimum(filled, f32(1))))
-    time = np.where(filled >= 1, average, waves)
-    busy = np.minimum(average * (size * reciprocal), f32(1))
-    time = np.maximum(time, longest_tile * _block_cost(costs, busy))
+    tallest = candidates.astype(f32) + f32(costs.tile)
+    time = _predicted_time(costs, tallest, load, all_tiles, big_tiles, big_load, share)
     time = time + f32(longest) * inverse * f32(costs.per_split)
-    time = np.where(k == 0, time, time * f32(1.03))  # leave FA3's rule only for a clear gain
+    time = np.maximum(np.where(k == 0, time, time * f32(CLEAR_GAIN)), f32(0))
     return candidates[np.argmin(time.view(i32) // NUM_CANDIDATES)]  # but for the last bits, as the kernel does
+
+
+def _predicted_time(
+    costs: Costs, tallest: Floats, load: Floats, all_tiles: Floats, big_tiles: Floats, big_load: Floats, share: Floats
+) -> Floats:
+    """Time of the attention kernel by balance.py's law, for each candidate.
+
+    Tiles are counted in the whole batch, loads are key blocks for each SM, heights what an SM has done since it began.
+    """
+    f32, tile = np.float32, np.float32(costs.tile)
+    small_tiles = np.maximum(all_tiles - big_tiles, f32(0))
+    big_tiles = np.maximum(big_tiles, f32(1))
+    waves, others = big_tiles * share, np.maximum(small_tiles, f32(1)) * share
+    quotient = _reciprocal(waves * others)  # one division for two
+    each = others * quotient
+    big = big_load * each + tile  # the mean of each kind
+    small_load = np.maximum(load - big_load, f32(0))
+    small = small_load * (waves * quotient) + tile
+    filling = small_load + tile * (small_tiles * share)
+
+    full_waves = _rounded((big_tiles - f32(0.5)) * share - f32(0.4995))  # at least a tile is left over
+    left = waves - full_waves
+    spread = np.maximum(tallest - big, f32(0))
+    low = np.where(full_waves >= 1, np.maximum(big - f32(2) * spread * each, spread), big)
+    height = np.where(full_waves >= 1, low, tallest)
+    half = f32(0.5) * height
+    per_half = _reciprocal(half)
+    lower = left + filling * per_half
+    busy = np.minimum(lower, f32(1))
+    upper = left * (low * per_half - f32(1)) + (lower - busy)
+    busy_above = np.minimum(upper, f32(1))
+    last_wave = half * (_block_cost(costs, busy) + _block_cost(costs, busy_above) + (upper - busy_above))
+    time = (big * waves - left * low) + last_wave
+    overhang = np.maximum(small - f32(2) * spread, f32(0)) * f32(0.5 * costs.alone)
+    return np.where(filling > (f32(1) - left) * height, time + overhang, time)
 
 
 def _candidates(plan: LaunchPlan, k: Ints, load: np.float32, longest: np.int32) -> Ints:
     """Key blocks of a split by candidate `k`: FA3's choice for 0, and others around the load of an SM."""
-    f32 = np.float32
-    spread = np.where(k == NUM_CANDIDATES - 1, 96, 32 + 3 * k).astype(f32) * f32(1 / 64)  # 0.55 to 0.78, and 1.5
-    load = np.minimum(load, f32(2**21))
-    candidates = 1 + k + _rounded(load * spread - f32(0.4995)).astype(np.int32)
-    candidates[k == 0] = _rounded(load * f32(1.1) + f32(0.4995))
-    at_least = -(-longest // np.int32(plan.num_splits))
+    f32, (parts, more) = np.float32, np.array(CANDIDATES, np.int32)[k].T
+    of_load = np.where(k == 0, f32(1.1), parts.astype(f32) * f32(1 / 64))
+    candidates = _rounded(np.minimum(load, f32(2**21)) * of_load + f32(0.4995)).astype(np.int32) + more
+    at_least = max(-(-longest // np.int32(plan.num_splits)), np.int32(1))
     return np.maximum(np.minimum(candidates, longest), at_least).astype(np.int32)
 
 
@@ -242,10 +263,10 @@ def _rounded(x: Any) -> Any:
     return (x + large) - large
 
 
-def _block_cost(costs: Costs, busy: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Cost of a key block while a share `busy` of the SMs works."""
-    alone = np.float32(costs.alone)
-    return alone + (np.float32(1) - alone) * (busy * busy * busy)
+def _block_cost(costs: Costs, busy: Floats) -> Floats:
+    """Time of a key block while a share `busy` of the SMs works."""
+    a, b, c, d = map(np.float32, costs.block)
+    return a + busy * (b + busy * (c + busy * d))
 
 
 def _longest_first(plan: LaunchPlan, num_m_blocks: Ints, num_n_blocks: Ints) -> Ints:

@@ -1,37 +1,47 @@
 """The constants of policy "balanced" from times of a real forward: which batches to time, and what their times say.
 
-In triton_kernels/balance.py's model a layer takes a constant, plus for its slowest SM tile_us for each of its work
-tiles and a block's time for each of their key blocks, plus per_split_us for each split. A block takes alone_us where
-few SMs work, shared_us where all do. All sequences of a batch here have the same length and the same splits, so:
+A layer of triton_kernels/balance.py's law takes a constant, plus what its tiles take that are played onto the SMs one
+by one, plus split_us for each split of the sequence with the most. All its constants are fitted at once, to batches of
+which each group tells one of them best:
 
-    alone_us      one sequence, unsplit: the slope over its blocks
-    shared_us     one tile on every SM: the slope over the tile's blocks
-    per_split_us  one sequence in 8 to 64 splits of as many blocks: the slope over splits, less what the model says
-                  that blocks cost more while more SMs work
-    tile_us       the same sequences with every SM's tile halved, so that it has two: the difference, less the splits'
+    alone      one sequence, unsplit: alone_us
+    filled     one tile on every SM: the bandwidth
+    many       one sequence in 8 to 64 splits of as many blocks: split_us
+    mixed      sequences of very different lengths in splits of different sizes: tile_us
 
-Constants of a launch cancel out in all of them. Slopes are medians of the slopes between pairs of points, which a few
-disturbed times do not move.
+The mixed batches are like those for which the law has to choose. Where all SMs start their second tile at the same
+moment instead, that alone takes twice as long as it does in them.
 """
 
 from __future__ import annotations
 
-import statistics
+import heapq
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ..api import plan_call
+from ..triton_kernels.balance import block_bytes
+from ..triton_kernels.card import peak_gb_s
 
 PAGE = 64  # tokens; no tile divides it, so that all kernels page in the same way
+SOFTNESS = 3.0  # the law's p: a fit of it says 2.4 to 4 for the same card, and predicts no better
 _ALONE_BLOCKS = (16, 32, 48, 64)
-_TILE_BLOCKS = (8, 16, 24, 32)
+_FILLED_BLOCKS = (8, 16, 24, 32)
 _MANY_SPLITS, _BLOCKS_OF_MANY = (8, 16, 24, 32, 48, 64), 4
+_MIXED_SIZES = (0.35, 0.45, 0.6, 0.8, 1.1, 1.3, 1.6)  # key blocks of a split, times an SM's load
+_MIXED_LOAD, _MIXED_SPREAD = 11, 64  # key blocks for each SM; the longest sequence by the shortest
+_MIXED_SEQUENCES = 24
 _BOUND, _MANY_BOUND = 32, 64  # on splits; the combine kernel depends on it
-_LEAST_TILE_US = 0.01  # below it the difference is noise
+_ROUNDS, _ENOUGH = 40, 1e-6  # of the fit; it ends when the errors' squares fall by no more than this part
+_MOST_OFF = 0.25  # of a kernel's times, root mean square, in what the law explains
+
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -58,20 +68,35 @@ ATTENTIONS = (
 
 @dataclass(frozen=True)
 class Batch:
-    """`sequences` of `blocks` key blocks each, in `splits` splits, with `bound` as the forward's num_splits."""
+    """The key blocks of each sequence and its splits, with `bound` as the forward's num_splits."""
 
-    sequences: int
-    blocks: int
-    splits: int = 1
+    blocks: tuple[int, ...]
+    splits: tuple[int, ...]
     bound: int = _BOUND
 
     @property
-    def tiles(self) -> int:
-        return self.sequences * self.splits
+    def sequences(self) -> int:
+        return len(self.blocks)
 
     @property
-    def blocks_of_a_tile(self) -> int:
-        return self.blocks // self.splits
+    def tiles(self) -> list[int]:
+        """Key blocks of each work tile, in the order in which FA3 takes them."""
+        found = []
+        each = [-(-blocks // splits) for blocks, splits in zip(self.blocks, self.splits, strict=True)]
+        for i in sorted(range(self.sequences), key=lambda i: -each[i]):
+            found += [min(each[i], max(self.blocks[i] - each[i] * j, 0)) for j in range(self.splits[i])]
+        return found
+
+    @classmethod
+    def even(cls, sequences: int, blocks: int, splits: int = 1, bound: int = _BOUND) -> Batch:
+        return cls((blocks,) * sequences, (splits,) * sequences, bound)
+
+    @classmethod
+    def cut(cls, blocks: Sequence[int], size: int, bound: int = _BOUND) -> Batch:
+        """Splits of at most `size` key blocks, as far as the bound allows, and none that would be empty."""
+        wanted = [min(max(-(-n // size), 1), bound) for n in blocks]
+        splits = (-(-n // -(-n // most)) for n, most in zip(blocks, wanted, strict=True))
+        return cls(tuple(blocks), tuple(splits), bound)
 
 
 # The microseconds that a layer takes for each of some batches.
@@ -84,96 +109,97 @@ class Design:
 
     num_sms: int
 
-    @property
-    def splits(self) -> int:
-        """Of each sequence where every SM has one tile: as many as divide the SMs, twice as many being allowed."""
-        return max(splits for splits in range(1, _BOUND // 2 + 1) if self.num_sms % splits == 0)
+    def batches(self) -> dict[str, list[Batch]]:
+        return {"alone": self.alone(), "filled": self.filled(), "many": self.many(), "mixed": self.mixed()}
 
     def alone(self) -> list[Batch]:
-        return [Batch(1, blocks) for blocks in _ALONE_BLOCKS]
+        return [Batch.even(1, blocks) for blocks in _ALONE_BLOCKS]
 
-    def one_tile(self) -> list[Batch]:
-        return [self._filled(blocks, self.splits) for blocks in _TILE_BLOCKS]
+    def filled(self) -> list[Batch]:
+        splits = max(splits for splits in range(1, _BOUND + 1) if self.num_sms % splits == 0)
+        return [Batch.even(self.num_sms // splits, blocks * splits, splits) for blocks in _FILLED_BLOCKS]
 
-    def two_tiles(self) -> list[Batch]:
-        """The same sequences as `one_tile`, every tile halved."""
-        return [self._filled(blocks, 2 * self.splits) for blocks in _TILE_BLOCKS]
-
-    def many_splits(self) -> list[Batch]:
+    def many(self) -> list[Batch]:
         # More splits than SMs would come in two waves.
         some = [splits for splits in _MANY_SPLITS if splits <= self.num_sms]
-        return [Batch(1, splits * _BLOCKS_OF_MANY, splits, _MANY_BOUND) for splits in some]
+        return [Batch.even(1, splits * _BLOCKS_OF_MANY, splits, _MANY_BOUND) for splits in some]
 
-    def _filled(self, blocks: int, splits: int) -> Batch:
-        return Batch(self.num_sms // self.splits, blocks * self.splits, splits)
+    def mixed(self) -> list[Batch]:
+        """Lengths in a geometric row, shuffled: the order in memory is not that of FA3."""
+        row = np.geomspace(1, _MIXED_SPREAD, _MIXED_SEQUENCES)
+        blocks = np.maximum(np.round(row * (_MIXED_LOAD * self.num_sms / row.sum())), 1).astype(int)
+        blocks = np.random.default_rng(0).permutation(blocks)
+        return [Batch.cut(blocks.tolist(), max(1, round(_MIXED_LOAD * share))) for share in _MIXED_SIZES]
 
 
 @dataclass(frozen=True)
-class Times:
-    """Microseconds of the batches of a `Design`, in its order."""
+class Constants:
+    """Of the law, for one kernel."""
 
-    design: Design
-    alone: Sequence[float]
-    one_tile: Sequence[float]
-    two_tiles: Sequence[float]
-    many_splits: Sequence[float]
+    bandwidth_gb_s: float
+    split_us: float
+    launch_us: float
+    alone_us: float
+    tile_us: float
 
-    @property
-    def shared_us(self) -> float:
-        return slope(_TILE_BLOCKS, self.one_tile)
 
-    @property
-    def alone_us(self) -> float:
-        """At most `shared_us`: more SMs at work make no block faster, but noise may say so."""
-        return min(slope(_ALONE_BLOCKS, self.alone), self.shared_us)
+def layer_us(batch: Batch, kernel: Sequence[int], num_sms: int, c: Constants) -> float:
+    """Microseconds of a layer by the law itself: tiles go to the SM that is free first, and all SMs advance alike."""
+    shared = block_bytes(tuple(kernel)) * num_sms / (c.bandwidth_gb_s * 1e3)
+    tiles, tile = batch.tiles, c.tile_us / shared
+    free = sorted(blocks + tile for blocks in tiles[:num_sms])
+    heapq.heapify(free)
+    for blocks in tiles[num_sms:]:
+        heapq.heapreplace(free, free[0] + blocks + tile)
+    steps = np.diff([0.0, *sorted(free)])
+    busy = np.arange(len(free), 0, -1) / num_sms
+    times = (c.alone_us**SOFTNESS + (shared * busy) ** SOFTNESS) ** (1 / SOFTNESS)
+    return float((steps * times).sum()) + c.launch_us + c.split_us * max(batch.splits)
 
-    @property
-    def per_split_us(self) -> float:
-        batches, alone, shared = self.design.many_splits(), self.alone_us, self.shared_us
-        busy = [(batch.tiles / self.design.num_sms) ** 3 for batch in batches]
-        rest = [t - _BLOCKS_OF_MANY * (shared - alone) * b for t, b in zip(self.many_splits, busy, strict=True)]
-        return max(0.0, slope([batch.splits for batch in batches], rest))
 
-    def tile_us(self, per_split_us: float) -> float:
-        extra = [two - one for one, two in zip(self.one_tile, self.two_tiles, strict=True)]
-        return max(_LEAST_TILE_US, statistics.median(extra) - per_split_us * self.design.splits)
+@dataclass(frozen=True)
+class Timed:
+    """A kernel's batches and the microseconds of each."""
+
+    kernel: tuple[int, int, int, int, int]
+    groups: dict[str, list[Batch]]
+    times: dict[str, list[float]]
 
     def check(self) -> None:
-        """Raise `ValueError` for times that the model cannot explain."""
-        if not (self.shared_us > 0 and self.alone_us > 0):
-            raise ValueError("longer sequences do not take longer")
+        """Raise `ValueError` for times that no law explains."""
+        for name in ("alone", "filled"):
+            times = self.times[name]
+            if not (all(math.isfinite(t) and t > 0 for t in times) and times[0] < times[-1]):
+                raise ValueError("longer sequences do not take longer")
+
+    @property
+    def points(self) -> list[tuple[Batch, float]]:
+        return [point for name in self.groups for point in zip(self.groups[name], self.times[name], strict=True)]
 
 
-def slope(xs: Sequence[float], ys: Sequence[float]) -> float:
-    """The median slope between two of the points."""
-    points = list(zip(xs, ys, strict=True))
-    return statistics.median((y2 - y1) / (x2 - x1) for (x1, y1), (x2, y2) in combinations(points, 2))
-
-
-def time_kernel(attention: Attention, design: Design, timer: Timer) -> Times:
+def time_kernel(attention: Attention, kernel: tuple[int, int, int, int, int], design: Design, timer: Timer) -> Timed:
     """Times of all of a kernel's batches, taken together, so that a drift of the clocks meets all of them alike."""
-    groups = [design.alone(), design.one_tile(), design.two_tiles(), design.many_splits()]
-    times = list(timer(attention, [batch for group in groups for batch in group]))
-    parts: list[list[float]] = []
-    for group in groups:
-        parts.append(times[: len(group)])
-        times = times[len(group) :]
-    return Times(design, *parts)
+    groups = design.batches()
+    taken = list(timer(attention, [batch for group in groups.values() for batch in group]))
+    times = {}
+    for name, group in groups.items():
+        times[name], taken = taken[: len(group)], taken[len(group) :]
+    return Timed(kernel, groups, times)
 
 
 def call_arguments(attention: Attention, batch: Batch, block_n: int, build: str) -> dict[str, Any]:
     """The arguments of `metadata_layout` for a batch, without `cache_seqlens`."""
     return {
         "batch_size": batch.sequences, "max_seqlen_q": attention.seqlen_q,
-        "max_seqlen_k": -(-batch.blocks * block_n // PAGE) * PAGE, "num_heads": attention.num_heads, "num_heads_k": 1,
-        "headdim": attention.headdim, "headdim_v": attention.headdim_v, "page_size": PAGE, "causal": True,
-        "qkv_dtype": getattr(torch, attention.dtype), "num_splits": batch.bound, "build": build,
+        "max_seqlen_k": -(-max(batch.blocks) * block_n // PAGE) * PAGE, "num_heads": attention.num_heads,
+        "num_heads_k": 1, "headdim": attention.headdim, "headdim_v": attention.headdim_v, "page_size": PAGE,
+        "causal": True, "qkv_dtype": getattr(torch, attention.dtype), "num_splits": batch.bound, "build": build,
     }  # fmt: skip
 
 
 def kernel_of(attention: Attention, build: str, device: torch.device | None = None) -> tuple[int, int, int, int, int]:
     """(element size, head dim, head dim of v, kBlockM, kBlockN) of the kernel that serves an attention."""
-    _, problem, _, plan = plan_call(call_arguments(attention, Batch(1, 64), 128, build), device)
+    _, problem, _, plan = plan_call(call_arguments(attention, Batch.even(1, 64), 128, build), device)
     return problem.element_size, attention.headdim, attention.headdim_v, plan.block_m, plan.block_n
 
 
@@ -185,54 +211,109 @@ def fit_table(
 
     Raises `RuntimeError` where no kernel could be measured.
     """
-    design, fitted = Design(num_sms), dict[tuple[int, int, int, int, int], Times]()
+    design, timed = Design(num_sms), list[Timed]()
     for attention in ATTENTIONS:
         try:
             kernel = kernel_of(attention, build, device)
-            if kernel in fitted:
+            if kernel in (one.kernel for one in timed):
                 say(f"skipped   {attention.name}: the kernel {list(kernel)} again")
                 continue
-            times = time_kernel(attention, design, timer)
-            times.check()
+            one = time_kernel(attention, kernel, design, timer)
+            one.check()
         except Exception as error:  # whatever a wheel raises for what it was not built for
             say(f"skipped   {attention.name}: {' '.join(str(error).split())[:200] or repr(error)}")
             continue
-        fitted[kernel] = times
-        for line in _described(attention, times):
+        timed.append(one)
+        say(attention.name)
+        for line in _described(one):
             say(line)
-    if not fitted:
+    if not timed:
         raise RuntimeError("no kernel could be measured")
-    per_split = statistics.median(times.per_split_us for times in fitted.values())
-    kernels: list[dict[str, Any]] = [
-        {
-            "kernel": list(kernel), "shared_us": round(times.shared_us, 3), "alone_us": round(times.alone_us, 3),
-            "tile_us": round(times.tile_us(per_split), 2),
-        }
-        for kernel, times in fitted.items()
-    ]  # fmt: skip
-    reached = [_block_bytes(kernel) * num_sms / times.shared_us / 1e3 for kernel, times in fitted.items()]
+    fitted, off = fit(timed, num_sms, peak_gb_s(gpu))
+    kernels: list[dict[str, Any]] = []
+    for one, c, share in zip(timed, fitted, off, strict=True):
+        say(f"kernel {list(one.kernel)}: the law is off by {share:.1%}, root mean square")
+        if share <= _MOST_OFF:
+            found = {"alone_us": round(c.alone_us, 3), "tile_us": round(c.tile_us, 2)}
+            kernels.append({"kernel": list(one.kernel)} | found)
+    if not kernels:
+        raise RuntimeError("the law explains no kernel's times")
+    bandwidth = round(fitted[0].bandwidth_gb_s)
     return {
-        "gpu": gpu, "num_sms": num_sms, "bandwidth_gb_s": round(statistics.median(reached)), "measured": measured,
-        "per_split_us": round(per_split, 4), "kernels": kernels,
+        "gpu": gpu, "num_sms": num_sms, "bandwidth_gb_s": bandwidth, "peak_gb_s": round(peak_gb_s(gpu) or bandwidth),
+        "measured": measured, "softness": SOFTNESS, "split_us": round(fitted[0].split_us, 4), "kernels": kernels,
     }  # fmt: skip
 
 
-def _block_bytes(kernel: tuple[int, int, int, int, int]) -> int:
-    element_size, headdim, headdim_v, _, block_n = kernel
-    return block_n * (headdim + headdim_v) * element_size
+def fit(timed: Sequence[Timed], num_sms: int, peak: float | None) -> tuple[list[Constants], list[float]]:
+    """The constants of each kernel that explain its times best, relatively, and how far the law is off for each.
+
+    Bandwidth and split_us are the card's. Constants are fitted by their logarithms: none becomes negative.
+    """
+
+    def constants(x: Floats) -> list[Constants]:
+        bandwidth, split, *own = np.exp(x).tolist()
+        return [Constants(bandwidth, split, *own[3 * i : 3 * i + 3]) for i in range(len(timed))]
+
+    def errors(x: Floats) -> Floats:
+        return np.array([
+            math.log(layer_us(batch, one.kernel, num_sms, c) / time)
+            for one, c in zip(timed, constants(x), strict=True)
+            for batch, time in one.points
+        ])  # fmt: skip
+
+    start = [_reached(timed, num_sms, peak), 0.09]
+    for one in timed:
+        alone = (one.times["alone"][-1] - one.times["alone"][0]) / (_ALONE_BLOCKS[-1] - _ALONE_BLOCKS[0])
+        start += [5.0, max(alone, 0.01), 1.5]
+    found = least_squares(errors, np.log(start))
+    rest, off = errors(found), []
+    for one in timed:
+        own, rest = rest[: len(one.points)], rest[len(one.points) :]
+        off.append(float(np.sqrt((own**2).mean())))
+    return constants(found), off
 
 
-def _described(attention: Attention, times: Times) -> list[str]:
-    splits = [batch.splits for batch in times.design.many_splits()]
-    rows = (
-        ("alone, us by blocks", _ALONE_BLOCKS, times.alone),
-        ("a tile an SM, us by its blocks", _TILE_BLOCKS, times.one_tile),
-        ("the same, halved", _TILE_BLOCKS, times.two_tiles),
-        (f"splits of {_BLOCKS_OF_MANY} blocks, us by splits", splits, times.many_splits),
+def _reached(timed: Sequence[Timed], num_sms: int, peak: float | None) -> float:
+    """GB/s of the kernel that reads fastest while every SM works; by the times of a tile on each."""
+    blocks = _FILLED_BLOCKS[-1] - _FILLED_BLOCKS[0]
+    found = max(
+        block_bytes(one.kernel) * num_sms * blocks / (one.times["filled"][-1] - one.times["filled"][0]) / 1e3
+        for one in timed
     )
-    lines = [attention.name]
-    for name, xs, ys in rows:
-        lines.append(f"  {name:34s}" + "  ".join(f"{x}: {y:.2f}" for x, y in zip(xs, ys, strict=True)))
-    lines.append(f"  us a block shared {times.shared_us:.3f}, alone {times.alone_us:.3f};"
-                 f" us a split {times.per_split_us:.4f}")  # fmt: skip
-    return lines
+    return min(found, peak) if peak else found
+
+
+def least_squares(errors: Callable[[Floats], Floats], start: Floats) -> Floats:
+    """Where the squares of `errors` are least, near `start`: steps of Gauss and Newton, damped as by Marquardt."""
+    at, now, damping = start, errors(start), 1e-2
+    for _ in range(_ROUNDS):
+        slopes = np.stack([(errors(at + step) - now) / 1e-3 for step in 1e-3 * np.eye(len(at))], axis=1)
+        normal, gradient = slopes.T @ slopes, slopes.T @ now
+        for _ in range(8):
+            scale = np.diag(normal.diagonal() + 1e-9)
+            tried = at - np.clip(np.linalg.solve(normal + damping * scale, gradient), -0.5, 0.5)
+            then = errors(tried)
+            if then @ then < now @ now:
+                break
+            damping *= 4
+        else:
+            return at
+        gained = 1 - (then @ then) / (now @ now)
+        at, now, damping = tried, then, damping / 4
+        if gained < _ENOUGH:
+            break
+    return at
+
+
+def _described(timed: Timed) -> list[str]:
+    whole = {
+        "alone": ("alone, us by blocks", _ALONE_BLOCKS),
+        "filled": ("a tile an SM, us by its blocks", _FILLED_BLOCKS),
+        "many": (f"splits of {_BLOCKS_OF_MANY} blocks, us by splits", _MANY_SPLITS),
+        "mixed": ("mixed lengths, us by tiles", [len(batch.tiles) for batch in timed.groups["mixed"]]),
+    }
+    return [
+        f"  {name:34s}" + "  ".join(f"{x}: {y:.2f}" for x, y in zip(xs, timed.times[group], strict=False))
+        for group, (name, xs) in whole.items()
+    ]

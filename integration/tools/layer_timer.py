@@ -62,12 +62,12 @@ class LayerTimer:
     ) -> _Graph:  # fmt: skip
         """A graph of layers that each read the next pages of `order`, round and round."""
         width = _pages(batch, block_n)
-        need = batch.sequences * width
+        need = batch.sequences * width  # the longest sequence's pages for each
         places = torch.arange(need * _LAYERS, device=self._device) % len(order)
         tables = order[places].view(_LAYERS, batch.sequences, width)
         heads, seqlen_q = attention.num_heads, attention.seqlen_q
         q = self._random(attention, batch.sequences, seqlen_q, heads, attention.headdim)
-        lengths = torch.full((batch.sequences,), batch.blocks * block_n, dtype=torch.int32, device=self._device)
+        lengths = torch.tensor(batch.blocks, dtype=torch.int32, device=self._device) * block_n
         qv = None
         if attention.headdim_v == 512:  # MLA
             qv = self._random(attention, batch.sequences, seqlen_q, heads, attention.headdim_v)
@@ -90,10 +90,9 @@ class LayerTimer:
     def _metadata(self, attention: Attention, batch: Batch, block_n: int) -> torch.Tensor:
         arguments = call_arguments(attention, batch, block_n, self._build)
         _, problem, _, plan = plan_call(arguments, self._device)
-        lengths = Lengths(np.full(batch.sequences, batch.blocks * block_n, np.int32))
+        lengths = Lengths(np.array(batch.blocks, np.int32) * np.int32(block_n))
         rows, num_m_blocks, num_n_blocks = sequence_blocks(problem, plan, lengths)
-        splits = np.full(batch.sequences, batch.splits, np.int32)
-        made = metadata_of_splits(plan, rows, num_m_blocks, num_n_blocks, splits)
+        made = metadata_of_splits(plan, rows, num_m_blocks, num_n_blocks, np.array(batch.splits, np.int32))
         return torch.from_numpy(made).to(self._device)
 
     def _replayed(self, graphs: list[_Graph]) -> list[float]:
@@ -116,5 +115,5 @@ class LayerTimer:
 
 
 def _pages(batch: Batch, block_n: int) -> int:
-    """Pages of a sequence."""
-    return -(-batch.blocks * block_n // PAGE)
+    """Pages of the longest sequence."""
+    return -(-max(batch.blocks) * block_n // PAGE)

@@ -3,6 +3,9 @@
     fa3-metadata tune launch     launch shapes of the metadata kernel (triton_kernels/shapes.py)
     fa3-metadata tune balance    constants of policy "balanced" (triton_kernels/balance.py), by the installed FA3
 
+New constants are kept where they make schedules that take less time than those of the constants in use, measured on
+batches that they were not fitted to, and that are nowhere clearly slower than these or FA3's.
+
 Launch shapes are found by `triton.autotune`, here and never in production: there it would have to be what launches go
 through, and would measure whenever a key is new, in the middle of serving. A launch takes longer on the host than on
 the device, so it is given Triton's `do_bench_cudagraph`. All shapes would be some 300 kernels to compile; the search
@@ -23,11 +26,12 @@ from ..api import plan_call
 from ..arguments import device_facts, gpu_name
 from ..installed import detect_build, installed_version
 from ..schedules import load_launch
-from ..triton_kernels.balance import check_constants
+from ..triton_kernels.balance import check_constants, constants_of
 from ..triton_kernels.builds import DEFAULT_BUILD, package_of
 from ..triton_kernels.problem import DEFAULT_GPU
 from ..triton_kernels.shapes import GROUPS, MANY, Shapes, shapes_of, shipped_shapes
 from ..triton_kernels.tables import cache_file, write_table
+from .balance_check import check
 from .balance_fit import fit_table
 
 Shape = tuple[int, int]  # SLICE, num_warps
@@ -63,8 +67,10 @@ def run(options: argparse.Namespace, say: Callable[[str], None] = print) -> None
     else:
         if arch < 90:
             raise RuntimeError(f"tune balance needs a Hopper GPU, whose kernels the model describes, got sm_{arch}")
-        table = _balance_table(options.build, gpu, num_sms, device, say)
-        check_constants(table)
+        better = balance_table(options.build, gpu, num_sms, device, say)
+        if better is None:
+            return
+        table = better
     write_table(path, table)
     say(f"written to {path}")
 
@@ -75,9 +81,10 @@ def _measured(*packages: str) -> dict[str, str]:
     return versions | {"date": datetime.date.today().isoformat()}
 
 
-def _balance_table(
+def balance_table(
     build: str | None, gpu: str, num_sms: int, device: torch.device, say: Callable[[str], None]
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
+    """The table of constants that was fitted; None where those in use are as good, or it is clearly worse somewhere."""
     from ..installed import load_forward
     from .layer_timer import LayerTimer
 
@@ -87,11 +94,18 @@ def _balance_table(
     except ImportError as error:
         raise RuntimeError(f"tune balance times the forward of {build}, which does not import here: {error}") from error
     say(f"{build}; us a layer, medians of CUDA-graph replays")
-    table = fit_table(gpu, num_sms, _measured("torch", package_of(build)), build, LayerTimer(build), say, device)
+    timer, in_use = LayerTimer(build), constants_of(gpu)
+    table = fit_table(gpu, num_sms, _measured("torch", package_of(build)), build, timer, say, device)
+    check_constants(table)
     for one in table["kernels"]:
-        say(f"kernel {one['kernel']}: shared_us {one['shared_us']}, alone_us {one['alone_us']}, "
-            f"tile_us {one['tile_us']}")  # fmt: skip
-    say(f"per_split_us {table['per_split_us']}; {table['bandwidth_gb_s']} GB/s")
+        say(f"kernel {one['kernel']}: alone_us {one['alone_us']}, tile_us {one['tile_us']}")
+    say(f"split_us {table['split_us']}; {table['bandwidth_gb_s']} GB/s, at most {table['peak_gb_s']}")
+    verdict = check(table, in_use, num_sms, build, timer, device)
+    for line in verdict.lines():
+        say(line)
+    if not verdict.is_better:
+        say(f"kept the constants in use, of {in_use['gpu']}: these are not better, or clearly worse somewhere")
+        return None
     return table
 
 
