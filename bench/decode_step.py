@@ -25,7 +25,6 @@ and outputs are let go before the next capture, so that all of them work at near
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
 import pathlib
 import sys
@@ -41,10 +40,19 @@ import fa3_metadata
 import torch
 from fa3_metadata import MetadataPlan, MetadataPlans
 from fa3_metadata.installed import load_forward, provider_of
+from fa3_metadata.tools.timing import (
+    Captured,
+    apart,
+    eager_sampler,
+    gpu_facts,
+    host_sampler,
+    interleaved,
+    middle,
+)
 from fa3_metadata.triton_kernels.layout import padded
 
 from .decode_models import ATTENTION, SPAN, WHOLE, Attention, Model, Whole
-from .timing import Captured, apart, eager_sampler, gpu_facts, host_sampler, interleaved, middle, summary
+from .rows import capture_lines, write_captures
 
 VARIANTS = ("per layer", "native", "ours", "balanced")
 CAPTURES = 2  # graphs of each way
@@ -229,13 +237,6 @@ def why_not(build: str) -> str | None:
     return None if hasattr(module, "get_scheduler_metadata") else f"{build} has no get_scheduler_metadata"
 
 
-def write_csv(path: pathlib.Path, rows: list[list[Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        names = ["model", "part", "batch", "tokens", "variant", "capture", "metric", "p20_us", "p50_us", "p80_us"]
-        csv.writer(file).writerows([names, *rows])
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench decode-step", description="a decode step of real models")
     parser.add_argument("--model", nargs="+", default=[""], help="models whose name contains one of these")
@@ -271,13 +272,9 @@ def main(argv: list[str] | None = None) -> int:
                 return 1
             print(line(model, lengths, times), flush=True)
             part = "whole" if model.hidden else "attention"
-            for metric, variants in times.items():
-                for variant, captures in variants.items():
-                    for i, values in enumerate(captures, 1):
-                        percentiles = [f"{value:.2f}" for value in summary(values)]
-                        rows.append([model.name, part, len(lengths), sum(lengths), variant, i, metric, *percentiles])
+            rows += capture_lines([model.name, part, len(lengths), sum(lengths)], times, digits=2)
             gc.collect()  # graphs and their pools, before the next caches
             torch.cuda.empty_cache()
     if options.csv:
-        write_csv(options.csv, rows)
+        write_captures(options.csv, ["model", "part", "batch", "tokens"], rows)
     return 0

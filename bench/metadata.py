@@ -5,8 +5,8 @@
 
 First every output is compared with ours, row by row; a peer whose output differs gets no ratio, and the exit status
 is 1. Then all are measured in turns in this process, at each batch size: device time of a call in a CUDA graph, device
-time run eagerly, host time of a call, and time end to end with a synchronise after it (bench/timing.py says what is
-inside each). Eight tensors of random lengths take turns and are drawn anew before each sample, outside of it.
+time run eagerly, host time of a call, and time end to end with a synchronise after it (integration/tools/timing.py says
+what is inside each). Eight tensors of random lengths take turns and are drawn anew before each sample, outside of it.
 """
 
 from __future__ import annotations
@@ -23,11 +23,7 @@ from typing import Any
 import fa3_metadata
 import torch
 from fa3_metadata import MetadataLayout
-
-from . import first_use
-from .peers import MEANINGS, TITLES, Case, Lengths, Peer, differing_rows, make_peers
-from .rows import Row, metric_table, row_of, write_csv
-from .timing import (
+from fa3_metadata.tools.timing import (
     Before,
     Facts,
     Launch,
@@ -42,6 +38,10 @@ from .timing import (
     interleaved,
     warm_up,
 )
+
+from . import first_use
+from .peers import MEANINGS, TITLES, Case, Lengths, Peer, differing_rows, make_peers
+from .rows import Row, metric_table, row_of, write_csv
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 992, 1024, 2048, 4096, 8192)
 QUICK_BATCHES = (1, 32, 992)

@@ -13,10 +13,9 @@ import fa3_metadata
 import torch
 from fa3_metadata import MetadataLayout, MetadataPlan
 from fa3_metadata.installed import native_op, provider_of
+from fa3_metadata.tools.timing import Launch
 from fa3_metadata.triton_kernels.builds import package_of, rules_for
 from fa3_metadata.triton_kernels.layout import padded
-
-from .timing import Launch
 
 TITLES = {
     "ours": "plan.update",

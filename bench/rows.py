@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from .timing import summary
+from fa3_metadata.tools.timing import summary
 
 _COLUMNS = ("batch", "peer", "metric", "p20_us", "p50_us", "p80_us", "samples", "equal", "note")
 
@@ -51,6 +51,26 @@ def write_csv(path: pathlib.Path, made_on: Mapping[str, str], rows: Sequence[Row
                 values[name] = "" if values[name] is None else f"{values[name]:.3f}"
             values["equal"] = {True: "yes", False: "no", None: ""}[row.equal]
             lines.writerow(values.values())
+
+
+def capture_lines(
+    named: Sequence[object], times: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], digits: int = 1
+) -> list[list[object]]:
+    """Lines of `write_captures` for samples by metric, variant and capture; `named` come first in each."""
+    return [
+        [*named, variant, capture, metric, *(f"{us:.{digits}f}" for us in summary(samples))]
+        for metric, captured in times.items()
+        for variant, captures in captured.items()
+        for capture, samples in enumerate(captures, 1)
+    ]
+
+
+def write_captures(path: pathlib.Path, names: Sequence[str], lines: Sequence[Sequence[object]]) -> None:
+    """A CSV file of `capture_lines`; `names` of the columns that come first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        columns = [*names, "variant", "capture", "metric", "p20_us", "p50_us", "p80_us"]
+        csv.writer(file).writerows([columns, *lines])
 
 
 def read_csv(path: pathlib.Path) -> tuple[dict[str, str], list[Row]]:

@@ -37,12 +37,12 @@ import numpy as np
 import torch
 from fa3_metadata.api import plan_call
 from fa3_metadata.installed import load_forward
+from fa3_metadata.tools.timing import Captured, gpu_facts, graph_sampler, interleaved, middle, summary
 from fa3_metadata.triton_kernels.card import peak_gb_s
 from fa3_metadata.triton_kernels.plan import make_plan
 from fa3_metadata.triton_kernels.reference import Lengths, blocks_read, metadata_of_splits, sequence_blocks
 
 from .decode_step import why_not
-from .timing import Captured, gpu_facts, graph_sampler, interleaved, middle, summary
 from .workloads import RANDOM_SUITE, SUITE, Workload
 
 PAGE, LAYERS = 64, 32

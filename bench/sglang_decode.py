@@ -20,7 +20,6 @@ be within the error of another order of sums.
 from __future__ import annotations
 
 import argparse
-import csv
 import pathlib
 import sys
 import time
@@ -30,9 +29,11 @@ from multiprocessing.connection import Connection
 from types import SimpleNamespace
 from typing import Any
 
+from fa3_metadata.tools.timing import Captured, apart, gpu_facts, middle, spin
+
 from .child import FailedError, answer, answers
+from .rows import capture_lines, write_captures
 from .sglang_model import load, make_model, use, why_not
-from .timing import Captured, apart, gpu_facts, middle, spin, summary
 from .workloads import lognormal, uniform
 
 VARIANTS = ("none", "sglang", "ours", "balanced")
@@ -280,16 +281,10 @@ def main(argv: list[str] | None = None) -> int:
         try:
             for case, times, error in measured(model, options.case):
                 print(line(model, case, times, error), flush=True)
-                for metric, captured in times.items():
-                    for variant, captures in captured.items():
-                        for i, values in enumerate(captures, 1):
-                            rows.append([model, case, variant, i, metric, *(f"{us:.1f}" for us in summary(values))])
+                rows += capture_lines([model, case], times)
         except FailedError as error:
             print(f"{model}: {error}", file=sys.stderr)
             return 1
     if options.csv:
-        options.csv.parent.mkdir(parents=True, exist_ok=True)
-        with options.csv.open("w", newline="") as file:
-            names = ["model", "case", "variant", "capture", "metric", "p20_us", "p50_us", "p80_us"]
-            csv.writer(file).writerows([names, *rows])
+        write_captures(options.csv, ["model", "case"], rows)
     return 0

@@ -21,7 +21,6 @@ is printed as "apart": no smaller difference between two variants means anything
 from __future__ import annotations
 
 import argparse
-import csv
 import pathlib
 import sys
 import time
@@ -31,8 +30,10 @@ from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
+from fa3_metadata.tools.timing import Captured, apart, gpu_facts, middle, spin
+
 from .child import FailedError, answer, answers
-from .timing import Captured, apart, gpu_facts, middle, spin, summary
+from .rows import capture_lines, write_captures
 from .vllm_model import Engine, make_model, why_not, windows_of
 from .workloads import lognormal, uniform
 
@@ -277,19 +278,12 @@ def main(argv: list[str] | None = None) -> int:
         for case, splits, times in answers(serve, options):
             for text in lines(f"{options.model}, {case}, {splits} splits", times):
                 print(text, flush=True)
-            for metric, captured in times.items():
-                for variant, captures in captured.items():
-                    for i, values in enumerate(captures, 1):
-                        row = [options.model, case, splits, variant, i, metric]
-                        rows.append([*row, *(f"{us:.1f}" for us in summary(values))])
+            rows += capture_lines([options.model, case, splits], times)
     except FailedError as error:
         print(f"{options.model}: {error}", file=sys.stderr)
         return 1
     if options.csv:
-        options.csv.parent.mkdir(parents=True, exist_ok=True)
-        with options.csv.open("w", newline="") as file:
-            names = ["model", "case", "splits", "variant", "capture", "metric", "p20_us", "p50_us", "p80_us"]
-            csv.writer(file).writerows([names, *rows])
+        write_captures(options.csv, ["model", "case", "splits"], rows)
     return 0
 
 

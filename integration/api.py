@@ -149,7 +149,7 @@ def get_scheduler_metadata(
     kind, key, schedules = None, None, None
     try:
         # Types, too: 1 and 1.0 and True are equal, but not all of them are allowed.
-        kind = (build, cache_seqlens.device, static, *map(type, static), *map(type, window_size))
+        kind = (build, backend, cache_seqlens.device, static, *map(type, static), *map(type, window_size))
         schedules = _kinds.get(kind)
         if schedules is not None and out is not None and schedules.knows(batch_size, max_seqlen_k):
             places = [None if one is None else place(one) for one in given]
@@ -159,8 +159,8 @@ def get_scheduler_metadata(
     except (TypeError, AttributeError, RuntimeError):  # no tensor, one without memory, or a list for the window
         kind, key = None, None
     tensors = LengthTensors(*given)
-    _check_first(policy, backend, cache_seqlens)
     if schedules is None:
+        _check_first(policy, backend, cache_seqlens)
         named: dict[str, Any] = dict(zip(STATIC, static, strict=True))
         problem = make_problem(tensors, batch_size=batch_size, max_seqlen_k=max_seqlen_k, **named)
         schedules = schedules_of(problem, rules)

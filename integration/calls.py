@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .arguments import LengthTensors, dtype_name
+from .schedules import keep
 from .triton_kernels.problem import Problem
 
 # Arguments of published forwards that the schedule does not depend on.
@@ -126,9 +127,8 @@ class ForwardCall(NamedTuple):
             counts_queries, *map(type, window), *map(type, self[_FIRST_NUMBER:_LAST_NUMBER]),
         )  # fmt: skip
         if (found := _problems.get(key)) is None:
-            if len(_problems) >= _MOST_PROBLEMS:
-                _problems.clear()
-            found = _problems[key] = self._make_problem(window, arch, num_sms, counts_queries)
+            found = self._make_problem(window, arch, num_sms, counts_queries)
+            keep(_problems, _MOST_PROBLEMS, key, found)
         return found
 
     def _make_problem(self, window: tuple[int, ...], arch: int, num_sms: int, counts_queries: bool) -> Problem:

@@ -161,10 +161,7 @@ def _attached(engine: str) -> str | None:
     ours = sys.modules.get(f"{__package__}.engines.{engine}")
     if ours is None:
         return None
-    if engine == "sglang":
-        return ours.attached_now()
-    attached = getattr(ours, "_attached", None)
-    return None if attached is None else f"{attached.build}, in_place={attached.in_place}, policy {attached.policy}"
+    return ours.attached_now()
 
 
 def _layers(engine: str) -> list[Reach]:
@@ -172,7 +169,7 @@ def _layers(engine: str) -> list[Reach]:
         return sglang_reach.reach()
     from .engines import vllm_reach
 
-    return [Reach(**asdict(one)) for one in vllm_reach.reach()]
+    return vllm_reach.reach()
 
 
 def _settings(wrong: dict[str, str]) -> Iterator[dict[str, Any]]:

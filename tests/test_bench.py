@@ -14,8 +14,9 @@ from typing import Any
 import fa3_metadata
 import pytest
 import torch
+from fa3_metadata.tools import timing
 
-from bench import first_use, metadata, peers, rows, timing
+from bench import first_use, metadata, peers, rows
 
 BUILD = "sglang-kernel-0.4.2"
 FACTS = timing.Facts("NVIDIA H200", "1980 MHz", "3201 MHz", "580.1", "2.11", "3.6", BUILD, "2026-11-23")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fa3_metadata.api import plan_call
-from fa3_metadata.tools.cards import CARDS, block_bytes, costs_of_card, find_card
+from fa3_metadata.tools.cards import CARDS, costs_of_card, find_card
 from fa3_metadata.tools.simulator import (
     Schedule,
     Simulation,
@@ -19,6 +19,7 @@ from fa3_metadata.tools.simulator import (
     simulate,
     tiles_of,
 )
+from fa3_metadata.triton_kernels.balance import block_bytes
 from fa3_metadata.triton_kernels.plan import LaunchPlan, make_plan
 from fa3_metadata.triton_kernels.problem import Problem
 from fa3_metadata.triton_kernels.reference import Lengths, blocks_read

@@ -175,6 +175,12 @@ def attach(in_place: bool = False, policy: str = "fa3") -> Attached:
         return made
 
 
+def attached_now() -> str | None:
+    """What is attached in this process, in words; None: nothing."""
+    one = _attached
+    return None if one is None else f"{one.build}, in_place={one.in_place}, policy {one.policy}"
+
+
 @dataclass(frozen=True)
 class _Replaced:
     """A function of vLLM's that every module of vLLM has ours for, but for those named."""

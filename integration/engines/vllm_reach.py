@@ -8,21 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from .reach import NONE, OURS, THEIRS, Reach, coverage_table
 from .source_facts import installed_facts
 from .vllm import why_not
 from .vllm_names import CASCADE, FA_UTILS, FORWARD, GQA, MLA_SPARSE, FactsOf
-
-OURS, THEIRS, NONE = "ours", "theirs", "none"
-
-
-@dataclass(frozen=True)
-class Reach:
-    """Where the metadata of a kind of layer comes from: "ours", "theirs" (vLLM makes it), or "none" (FA3 alone)."""
-
-    layers: str
-    in_graph: str  # in a full CUDA graph
-    eagerly: str  # run eagerly, or between the pieces of piecewise CUDA graphs
-    because: str
 
 
 @dataclass(frozen=True)
@@ -92,13 +81,6 @@ def _reach(facts_of: FactsOf, reason: str | None) -> Iterator[Reach]:
             yield Reach(site.layers, site.theirs, site.theirs, reason.splitlines()[0])
         else:
             yield Reach(site.layers, site.in_graph, site.eagerly, site.because)
-
-
-def coverage_table(reached: list[Reach]) -> str:
-    """As a table in Markdown."""
-    lines = ["| layers | in a full CUDA graph | eagerly, piecewise | because |", "|---|---|---|---|"]
-    lines += [f"| {one.layers} | {one.in_graph} | {one.eagerly} | {one.because} |" for one in reached]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,9 @@ import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from ..triton_kernels.balance import block_bytes
+from ..triton_kernels.card import DATASHEETS
+
 # (element size, head dim, head dim of v, kBlockM, kBlockN), head dims as compiled
 Kernel = tuple[int, int, int, int, int]
 
@@ -24,14 +27,18 @@ class Card:
         return self.name.removeprefix("NVIDIA ").removeprefix("GeForce ").removesuffix(" 80GB HBM3")
 
 
+def _hopper(name: str, num_sms: int) -> Card:
+    return Card(name, 90, num_sms, DATASHEETS[name])
+
+
 CARDS = {
-    "h200": Card("NVIDIA H200", 90, 132, 4800),
-    "h100": Card("NVIDIA H100 80GB HBM3", 90, 132, 3350),
-    "h100-nvl": Card("NVIDIA H100 NVL", 90, 132, 3938),
-    "h100-pcie": Card("NVIDIA H100 PCIe", 90, 114, 2039),
-    "h800": Card("NVIDIA H800", 90, 132, 3350),
-    "h20": Card("NVIDIA H20", 90, 78, 4000),
-    "gh200": Card("NVIDIA GH200 480GB", 90, 132, 4000),
+    "h200": _hopper("NVIDIA H200", 132),
+    "h100": _hopper("NVIDIA H100 80GB HBM3", 132),
+    "h100-nvl": _hopper("NVIDIA H100 NVL", 132),
+    "h100-pcie": _hopper("NVIDIA H100 PCIe", 114),
+    "h800": _hopper("NVIDIA H800", 132),
+    "h20": _hopper("NVIDIA H20", 78),
+    "gh200": _hopper("NVIDIA GH200 480GB", 132),
     "a100": Card("NVIDIA A100-SXM4-80GB", 80, 108, 2039),
     "a10": Card("NVIDIA A10", 86, 72, 600),
     "l40s": Card("NVIDIA L40S", 89, 142, 864),
@@ -83,12 +90,6 @@ class CardCosts:
         spread = sum((size - mean) ** 2 for size in sizes)
         slope = sum((s - mean) * (t - middle) for s, t in zip(sizes, times, strict=True)) / spread if spread else 0.0
         return max(middle + slope * (block_bytes(kernel) - mean), 0.2 * middle), tile
-
-
-def block_bytes(kernel: Kernel) -> int:
-    """Bytes of K and V in a key block."""
-    element_size, headdim, headdim_v, _, block_n = kernel
-    return block_n * (headdim + headdim_v) * element_size
 
 
 # Fitted to the recorded sweeps of each card, to those workloads of the suite that are not held out.

@@ -21,10 +21,11 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from ..triton_kernels.balance import block_bytes
 from ..triton_kernels.plan import LaunchPlan
 from ..triton_kernels.problem import Problem
 from ..triton_kernels.reference import Lengths, reference_metadata, sequence_lengths
-from .cards import CardCosts, Kernel, block_bytes, costs_of_card
+from .cards import CardCosts, Kernel, costs_of_card
 
 Ints = NDArray[np.int32]
 Floats = NDArray[np.float64]
