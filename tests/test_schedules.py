@@ -45,17 +45,33 @@ def test_what_the_judge_says(capsys: pytest.CaptureFixture[str]) -> None:
     assert many.endswith("geometric mean 4.000 x over FA3's metadata, 6.000 x over FA3 without")
     assert worst == "worst against FA3's metadata: 0.900 x, worse"
     assert oracle.endswith("geometric mean 1.174 x over FA3's metadata, 2.474 x without")
-    assert near == "within 3 % of the oracle: 2 of 3"
+    # 10 us by 8, and 10 by 9.8
+    assert near == "balanced takes 1.1294 x the oracle's time, up to 992; within 3 % of it: 2 of 3"
 
 
 def test_the_file_has_the_replays_of_all_captures(tmp_path: pathlib.Path) -> None:
-    schedules.write_csv(RESULTS, tmp_path / "made" / "schedules.csv")
+    schedules.write_csv(RESULTS, tmp_path / "made" / "schedules.csv", "NVIDIA H20", 78)
     with (tmp_path / "made" / "schedules.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 15
     assert [rows[2][name] for name in ("workload", "held_out", "schedule", "num_splits", "p50_us", "replays")] == [
         "even", "0", "balanced", "4", "10.000", "6",
     ]  # fmt: skip
+    assert {(row["gpu"], row["num_sms"]) for row in rows} == {("NVIDIA H20", "78")}
+
+
+def test_results_of_several_cards_lie_side_by_side(tmp_path: pathlib.Path) -> None:
+    h100 = "NVIDIA H100 80GB HBM3"
+    cases = {
+        (h100, 0, "named"),
+        (h100, 54, "named"),
+        (h100, 54, "random"),
+        (h100, 18, "named"),
+        ("NVIDIA H200", 0, "named"),
+    }
+    names = {schedules.results_file(tmp_path, gpu, 132, margin, suite).name for gpu, margin, suite in cases}
+    assert len(names) == len(cases)
+    assert {"schedules-h200.csv", "schedules-h100-80gb-hbm3-78-sms-random.csv"} <= names
 
 
 def test_the_judge_times_the_launch_of_both_policies(monkeypatch: pytest.MonkeyPatch) -> None:
