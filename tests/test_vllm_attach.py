@@ -55,6 +55,21 @@ def test_modules_imported_after_attach(root: pathlib.Path) -> None:
     assert attached.modules == [adapter.FA_UTILS, adapter.GQA, adapter.MLA, PACKAGE]
 
 
+def test_switched_off_vllm_is_left_alone(root: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = import_module(adapter.INTERFACE).get_scheduler_metadata
+    monkeypatch.setenv("FA3_METADATA_DISABLE", "1")
+    left = adapter.attach()
+    assert (left.modules, left.waiting, adapter.attached_now()) == ([], {}, None)
+    assert import_module(adapter.FA_UTILS).get_scheduler_metadata is own
+    left.detach()
+    monkeypatch.delenv("FA3_METADATA_DISABLE")
+    attached = adapter.attach()
+    assert attached.modules
+    assert adapter.attached_now() == f"{BUILD}, in_place=False, policy fa3"
+    left.detach()
+    assert adapter.attached_now() is not None, "what was left alone takes nothing back"
+
+
 @pytest.mark.parametrize("in_place", [False, True])
 def test_detach_puts_everything_back(root: pathlib.Path, in_place: bool) -> None:
     own = import_module(adapter.INTERFACE).get_scheduler_metadata

@@ -216,6 +216,57 @@ def test_a_driver_that_does_not_tell_of_captures_is_no_failure(monkeypatch: pyte
     captured_writes._driver.cache_clear()
 
 
+class GraphOf:
+    """The driver's answers about a graph of so many nodes, each a kernel whose second parameter cannot be told."""
+
+    def __init__(self, nodes: int, error: int) -> None:
+        self.nodes, self.error = nodes, error
+
+    def cuGraphGetNodes(self, graph: Any, nodes: Any, count: Any) -> int:  # noqa: N802
+        if nodes is None:
+            count._obj.value = self.nodes
+            return 0
+        if not count._obj.value:  # as the driver does
+            return 1
+        for i in range(self.nodes):
+            nodes[i] = 100 + i
+        return 0
+
+    def cuGraphKernelNodeGetParams_v2(self, node: Any, params: Any) -> int:  # noqa: N802
+        self.value = ctypes.c_uint64(0x7F0000001000)
+        self.values = (ctypes.c_void_p * 1)(ctypes.addressof(self.value))
+        params._obj.func, params._obj.kernel_params = 1, self.values
+        return 0
+
+    def cuFuncGetParamInfo(self, function: Any, index: Any, offset: Any, size: Any) -> int:  # noqa: N802
+        size._obj.value = 8
+        return 0 if index.value == 0 else self.error
+
+
+def test_a_capture_that_has_nothing_yet_has_no_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not "unknown": else the first layer is not known to have read the lengths only."""
+    for count in (0, 1, 3):
+        monkeypatch.setattr(captured_writes, "_driver", lambda count=count: GraphOf(count, 1))
+        assert captured_writes.Capture(1, 7).nodes() == frozenset(range(100, 100 + count))
+
+
+def test_a_kernel_whose_parameters_cannot_be_told_is_not_one_without() -> None:
+    for error, known in ((1, True), (2, False), (201, False)):  # the driver has no more of them; other failures
+        found = captured_writes._kernel_arguments(GraphOf(1, error), ctypes.c_void_p(100))  # type: ignore[arg-type]
+        assert (found is not None) == known
+        assert not known or captured_writes._has_address(found or b"", [(0x7F0000001000, 0x7F0000001008)])
+
+
+def test_switched_off_a_forward_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = recording_forward()
+    monkeypatch.setenv("FA3_METADATA_DISABLE", "1")
+    assert wrap_forward(forward, BUILD) is forward
+    with pytest.raises(ValueError, match="policy must be one of"):
+        wrap_forward(forward, BUILD, "fastest")
+    monkeypatch.delenv("FA3_METADATA_DISABLE")
+    assert wrap_forward(forward, BUILD) is not forward
+
+
 def test_addresses_are_found_among_a_kernels_arguments() -> None:
     numbers = torch.tensor([3, 0x7F0000001000, 5], dtype=torch.int64).numpy().tobytes()
     assert captured_writes._has_address(numbers, [(0x7F0000000FF0, 0x7F0000001004)])

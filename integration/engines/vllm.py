@@ -21,6 +21,7 @@ import torch
 
 from .. import api
 from ..installed import BUILD_VARIABLE, installed_version
+from ..settings import DISABLE_VARIABLE, is_disabled
 from ..triton_kernels.builds import rules_for
 from ..triton_kernels.problem import MAX_HEADDIM, POLICIES, checked_choice
 from .source_facts import installed_facts
@@ -147,6 +148,8 @@ def attach(in_place: bool = False, policy: str = "fa3") -> Attached:
     buffer for CUDA graphs have it made there, instead of a new tensor that is copied. `policy` is "fa3" or "balanced":
     see `fa3_metadata.get_scheduler_metadata`, and `get_scheduler_metadata` here for the bound of its splits.
 
+    Where FA3_METADATA_DISABLE is set, nothing is changed, and the `Attached` has no build.
+
     Raises `ValueError` for another policy, and `RuntimeError`, with nothing changed, where vLLM is missing, has an
     unsupported version, runs on another platform than CUDA, is laid out otherwise than in any of `LAYOUTS`
     (vllm_names.py), or is attached already with the other `in_place` or policy.
@@ -159,6 +162,9 @@ def attach(in_place: bool = False, policy: str = "fa3") -> Attached:
                 if has != wanted:
                     raise RuntimeError(f"already attached with {name}={has!r}: call detach() first")
             return _attached
+        if is_disabled():
+            _log.info("scheduler metadata: vLLM is left alone, since %s is set", DISABLE_VARIABLE)
+            return Attached("", in_place, policy)
         layout, reason = why_not(in_place=in_place)
         if reason is not None:
             raise RuntimeError(reason)
