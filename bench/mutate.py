@@ -26,7 +26,7 @@ from .mutations import MUTATIONS, Mutation
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGE = "fa3_metadata"
 FOLDERS = ("integration", "triton_kernels")  # what the package is made of: pyproject.toml
-OWN_TEST = "tests/test_mutate.py"  # says that every text is in its file, so it is red whatever is broken
+OWN_TEST = "tests/bench/test_mutate.py"  # says that every text is in its file, so it is red whatever is broken
 LONGEST = 3600  # seconds that the tests of one mutation may take; a break may make a loop endless
 _NO_FAILURE, _FAILURE = 0, 1  # exit codes of pytest
 # What a break that writes where it may not dies of, which nobody overlooks.

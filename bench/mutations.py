@@ -2,7 +2,7 @@
 
 To add one: its file, a text that is there exactly once, what takes its place, what would go wrong for a user, and the
 tests that should turn red. Where a change to the code moves a text, change it here, too: the command and
-tests/test_mutate.py refuse a list that no longer fits.
+tests/bench/test_mutate.py refuse a list that no longer fits.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class Mutation:
 
 
 _KERNELS = "triton_kernels"
-_WHEELS = "tests/test_wheel_rules.py::test_splits_and_packing_are_what_every_wheel_answers"
-_ABSURD = "tests/test_agreement.py::test_absurd_lengths_stay_within_the_tensor"
-_GOLDENS = "tests/test_goldens.py::test_triton"
-_MODEL = "tests/test_goldens.py::test_reference"
+_WHEELS = "tests/builds/test_wheel_rules.py::test_splits_and_packing_are_what_every_wheel_answers"
+_ABSURD = "tests/kernels/test_agreement.py::test_absurd_lengths_stay_within_the_tensor"
+_GOLDENS = "tests/builds/test_goldens.py::test_triton"
+_MODEL = "tests/builds/test_goldens.py::test_reference"
 
 BLOCKS = (
     Mutation(
@@ -63,7 +63,7 @@ BLOCKS = (
         "return quotient + (remainder >= b).to(tl.int32) - (remainder < 0).to(tl.int32)",
         "return quotient - (remainder < 0).to(tl.int32)",
         "a split too few for long sequences, by the rounding of a float32 reciprocal",
-        ("tests/test_agreement.py::test_keys_at_the_ends_of_their_range", _ABSURD),
+        ("tests/kernels/test_agreement.py::test_keys_at_the_ends_of_their_range", _ABSURD),
     ),
     Mutation(
         "window-start",
@@ -71,7 +71,7 @@ BLOCKS = (
         "first_key = at - n.window_left",
         "first_key = at - n.window_left + 1",
         "at some lengths a block too few is counted under a window, and splits are missing",
-        ("tests/test_window_blocks.py::test_the_kernel_counts_what_the_model_counts",),
+        ("tests/kernels/test_window_blocks.py::test_the_kernel_counts_what_the_model_counts",),
     ),
     Mutation(
         "chunk-start",
@@ -79,7 +79,7 @@ BLOCKS = (
         "first_key = tl.maximum(first_key, at - into_chunk)",
         "first_key = first_key",
         "blocks of earlier chunks would be split, which no query of this one reads",
-        ("tests/test_window_blocks.py::test_the_kernel_counts_what_the_model_counts",),
+        ("tests/kernels/test_window_blocks.py::test_the_kernel_counts_what_the_model_counts",),
     ),
 )
 
@@ -90,7 +90,7 @@ PLAN = (
         "return batch <= 64 or (batch <= 256",
         "return batch <= 63 or (batch <= 256",
         "the largest batch that is searched gets a guess by its load instead",
-        ("tests/test_plan_edges.py::test_which_batches_are_searched",),
+        ("tests/calls/test_plan_edges.py::test_which_batches_are_searched",),
     ),
     Mutation(
         "search-by-tiles",
@@ -98,7 +98,7 @@ PLAN = (
         "2 * tiles <= 3 * self.num_sms)",
         "2 * tiles < 3 * self.num_sms)",
         "whether a middle batch is searched changes where tiles fill the SMs one and a half times",
-        ("tests/test_plan_edges.py::test_which_batches_are_searched",),
+        ("tests/calls/test_plan_edges.py::test_which_batches_are_searched",),
     ),
     Mutation(
         "prefill-is-fa3s",
@@ -106,7 +106,7 @@ PLAN = (
         "and 0 <= query_rows <= MAX_BALANCED_M_BLOCKS * block_m",
         "and query_rows <= MAX_BALANCED_M_BLOCKS * block_m",
         "query rows that have wrapped are a prefill, which the policy must leave to FA3's rule",
-        ("tests/test_plan_edges.py::test_more_than_eight_query_blocks_are_a_prefill",),
+        ("tests/calls/test_plan_edges.py::test_more_than_eight_query_blocks_are_a_prefill",),
     ),
     Mutation(
         "forward-that-is-not-told",
@@ -114,7 +114,7 @@ PLAN = (
         'own_bound = balanced and p.forward_is_told and "num_splits"',
         'own_bound = balanced and "num_splits"',
         "more splits than a forward that is called with 0 has room for: partial outputs out of bounds",
-        ("tests/test_bounds.py::test_a_forward_that_finds_its_bound_itself_has_room",),
+        ("tests/builds/test_bounds.py::test_a_forward_that_finds_its_bound_itself_has_room",),
     ),
     Mutation(
         "own-bound-of-one",
@@ -122,7 +122,7 @@ PLAN = (
         "num_splits == 1 and not (p.num_splits or own_bound):",
         "num_splits == 1 and not p.num_splits:",
         "a forward of vLLM 0.10.1 to 0.16.0 would come to a bound of its own, and read another layout",
-        ("tests/test_bounds.py::test_a_bound_of_one_that_is_ours_is_told",),
+        ("tests/builds/test_bounds.py::test_a_bound_of_one_that_is_ours_is_told",),
     ),
     Mutation(
         "bound-that-depends-on-the-batch",
@@ -130,7 +130,7 @@ PLAN = (
         "if not problem.num_splits:  # a bound that depends on the batch size",
         "if False:",
         "a batch would get the bound of another one, which its forward does not come to",
-        ("tests/test_bounds.py::test_what_sizes_share_has_the_same_bound",),
+        ("tests/builds/test_bounds.py::test_what_sizes_share_has_the_same_bound",),
     ),
     Mutation(
         "tma-needs-rows",
@@ -170,7 +170,7 @@ PLAN = (
         "kv_head_bytes = _int32(max_seqlen_k * (p.headdim + p.value_headdim) * p.element_size)",
         "kv_head_bytes = max_seqlen_k * (p.headdim + p.value_headdim) * p.element_size",
         "FA3 counts the bytes of a KV head in int32: one of 2 GiB is negative and not split",
-        ("tests/test_rules.py::test_int32_overflow_of_a_kv_head_is_kept",),
+        ("tests/builds/test_rules.py::test_int32_overflow_of_a_kv_head_is_kept",),
     ),
     Mutation(
         "wrapped-rows-divide-towards-zero",
@@ -178,7 +178,7 @@ PLAN = (
         "return int(_int32(rows + block_m - 1) / block_m)",
         "return _int32(rows + block_m - 1) // block_m",
         "C++ divides towards zero, Python down: query rows that have wrapped count a block more",
-        ("tests/test_plan_edges.py::test_query_rows_that_wrap_divide_towards_zero",),
+        ("tests/calls/test_plan_edges.py::test_query_rows_that_wrap_divide_towards_zero",),
     ),
     Mutation(
         "appended-keys-are-keys",
@@ -186,7 +186,7 @@ PLAN = (
         "longest = max(max_seqlen_k + p.max_seqlen_k_new,",
         "longest = max(max_seqlen_k,",
         "a cache near 2^24 tokens that keys are appended to would be cut off",
-        ("tests/test_plan_edges.py::test_appended_keys_count_towards_the_longest_sequence",),
+        ("tests/calls/test_plan_edges.py::test_appended_keys_count_towards_the_longest_sequence",),
     ),
     Mutation(
         "sorted-unless-local",
@@ -221,7 +221,7 @@ KERNEL = (
         "splits = tl.maximum(tl.minimum(wanted, num_splits), 1)",
         "splits = tl.maximum(wanted, 1)",
         "more splits than the forward has room for: partial outputs out of bounds",
-        (_GOLDENS, "tests/test_agreement.py::test_no_queries_at_all"),
+        (_GOLDENS, "tests/kernels/test_agreement.py::test_no_queries_at_all"),
     ),
     Mutation(
         "kernel-no-queries-one-split",
@@ -229,7 +229,7 @@ KERNEL = (
         "tl.where(blocks_per_sm > 0, cdiv(num_n_blocks, tl.maximum(blocks_per_sm, 1), SHORT), 1)",
         "cdiv(num_n_blocks, tl.maximum(blocks_per_sm, 1), SHORT)",
         "a batch without queries would be split, and FA3 splits it not",
-        ("tests/test_agreement.py::test_no_queries_at_all",),
+        ("tests/kernels/test_agreement.py::test_no_queries_at_all",),
     ),
     Mutation(
         "kernel-ties-of-long-batches",
@@ -237,7 +237,7 @@ KERNEL = (
         "(group_key[:, None] == key[None, :]) & (j[:, None] < i[None, :])",
         "(group_key[:, None] == key[None, :]) & (j[:, None] > i[None, :])",
         "sequences of one length would be in another order than FA3's",
-        ("tests/test_agreement.py::test_keys_at_the_ends_of_their_range",),
+        ("tests/kernels/test_agreement.py::test_keys_at_the_ends_of_their_range",),
     ),
     Mutation(
         "kernel-places-in-the-keys",
@@ -253,7 +253,7 @@ KERNEL = (
         "group_key = tl.where(in_group, group_key, -(1 << 30))",
         "group_key = group_key",
         "what is beyond the batch would come before sequences with fewer keys than queries",
-        ("tests/test_agreement.py::test_keys_at_the_ends_of_their_range", _GOLDENS),
+        ("tests/kernels/test_agreement.py::test_keys_at_the_ends_of_their_range", _GOLDENS),
     ),
     Mutation(
         "kernel-padding",
@@ -285,7 +285,7 @@ KERNEL = (
         "out += tl.load(row",
         "start = tl.load(row",
         "all groups of layers would be written to the place of the first",
-        ("tests/test_plans.py::test_the_kernel_for_several_groups",),
+        ("tests/calls/test_plans.py::test_the_kernel_for_several_groups",),
     ),
     Mutation(
         "kernel-waits",
@@ -299,7 +299,7 @@ KERNEL = (
         "    strides = (1, 1, 1, 1, 1) if CONTIGUOUS else (stride_0, stride_1, stride_2, stride_3, stride_4)\n"
         "    n = Numbers(",
         "the lengths would be read while the kernel before still writes them",
-        ("tests/test_compile.py::test_kernels_compile_for_hopper_anywhere",),
+        ("tests/kernels/test_compile.py::test_kernels_compile_for_hopper_anywhere",),
     ),
 )
 
@@ -310,7 +310,7 @@ LAUNCH = (
         "fusion = all(plan.costs is None for plan in plans)",
         "fusion = any(plan.costs is None for plan in plans)",
         "the kernel would round otherwise than the NumPy model, and choose other splits",
-        ("tests/test_driver.py::test_fused_multiply_add_is_said_either_way",),
+        ("tests/kernels/test_driver.py::test_fused_multiply_add_is_said_either_way",),
     ),
     Mutation(
         "launch-early-on-hopper",
@@ -318,7 +318,7 @@ LAUNCH = (
         "early = problem.arch >= 90 and not INTERPRETED and",
         "early = not INTERPRETED and",
         "sm_8x has no programmatic dependent launch: the kernel would not compile",
-        ("tests/test_lengths.py::test_only_hopper_starts_early",),
+        ("tests/kernels/test_lengths.py::test_only_hopper_starts_early",),
     ),
     Mutation(
         "launch-stride-of-the-padding",
@@ -326,7 +326,7 @@ LAUNCH = (
         "and (pad is None or pad.stride(0) == 1)",
         "and True",
         "a column of a matrix would be read as if it were a row",
-        ("tests/test_lengths.py::test_one_tensor_that_is_not_contiguous",),
+        ("tests/kernels/test_lengths.py::test_one_tensor_that_is_not_contiguous",),
     ),
     Mutation(
         "launch-dtype-of-the-padding",
@@ -334,7 +334,7 @@ LAUNCH = (
         "pad is not None and pad.dtype,",
         "pad is not None,",
         "int64 lengths would be read by a kernel that was compiled for int32",
-        ("tests/test_lengths.py::test_kernels_are_told_apart_by_every_dtype",),
+        ("tests/kernels/test_lengths.py::test_kernels_are_told_apart_by_every_dtype",),
     ),
     Mutation(
         "launch-programs-for-the-padding",
@@ -342,7 +342,7 @@ LAUNCH = (
         "slices = -(-min(padded(batch_size), MAX_DYNAMIC_SPLIT_BATCH) // slice_)",
         "slices = -(-min(batch_size, MAX_DYNAMIC_SPLIT_BATCH) // slice_)",
         "a buffer that is used again would keep an earlier batch's numbers in the padding of its rows",
-        ("tests/test_agreement.py::test_slices_of_any_size_give_the_same",),
+        ("tests/kernels/test_agreement.py::test_slices_of_any_size_give_the_same",),
     ),
     Mutation(
         "launch-multiplier-rounds-up",
@@ -369,7 +369,7 @@ BUILDS = (
         'Release("sgl-kernel", "0.3.16.post2", "0.3.16.post2", SGL_LEGACY),',
         'Release("sgl-kernel", "0.3.16.post2", "0.3.16.post2", UPSTREAM),',
         "one wheel went back to the old layout, and would be given the new one",
-        ("tests/test_wheel_rules.py::test_tiles_are_those_of_every_wheel",),
+        ("tests/builds/test_wheel_rules.py::test_tiles_are_those_of_every_wheel",),
     ),
     Mutation(
         "post-releases-count",
@@ -377,7 +377,7 @@ BUILDS = (
         "int(version[2] or 0))",
         "0)",
         "0.3.16.post1 would be taken for 0.3.16, which has another layout",
-        ("tests/test_api.py::test_any_version_of_a_known_package_has_its_rules",),
+        ("tests/calls/test_api.py::test_any_version_of_a_known_package_has_its_rules",),
     ),
     Mutation(
         "l2-by-q-heads",
@@ -401,7 +401,7 @@ BUILDS = (
         'if problem.num_splits and "num_splits" in rules.forward_lacks:',
         "if False:",
         "metadata of a bound that its forward does not know: partial outputs out of bounds",
-        ("tests/test_bounds.py::test_a_bound_that_the_forward_cannot_be_told_is_refused",),
+        ("tests/builds/test_bounds.py::test_a_bound_that_the_forward_cannot_be_told_is_refused",),
     ),
     Mutation(
         "invariant-needs-a-told-forward",
@@ -409,7 +409,7 @@ BUILDS = (
         "not (problem.forward_is_told or problem.num_splits):",
         "not (problem.forward_is_told or True):",
         "splits that were promised not to depend on the batch would",
-        ("tests/test_bounds.py::test_splits_that_do_not_depend_on_the_batch_need_a_bound_that_does_not",),
+        ("tests/builds/test_bounds.py::test_splits_that_do_not_depend_on_the_batch_need_a_bound_that_does_not",),
     ),
     Mutation(
         "metadata-splits-992-alone",
@@ -417,7 +417,7 @@ BUILDS = (
         'return 2**31 - 1 if self.splits_count != "batch_without_dynamic_row"',
         "return 2**31 - 1 if True",
         "above 992 sequences an old forward splits all alike, as many times as our policy told it",
-        ("tests/test_bounds.py::test_a_balanced_plan_beyond_what_the_metadata_splits",),
+        ("tests/builds/test_bounds.py::test_a_balanced_plan_beyond_what_the_metadata_splits",),
     ),
 )
 
@@ -436,7 +436,7 @@ LAYOUT = (
         "first = int(self.has_semaphore and self.semaphore_first)",
         "first = 0",
         "the tile scheduler's counter would be taken for the splits of the first sequence",
-        ("tests/test_api.py::test_layout", _MODEL),
+        ("tests/calls/test_api.py::test_layout", _MODEL),
     ),
 )
 
@@ -447,7 +447,7 @@ PROBLEM = (
         "return self.total_q or batch_size * self.max_seqlen_q",
         "return batch_size * self.max_seqlen_q if self.total_q is None else self.total_q",
         "FA3 takes a total of 0 for none; the bound on splits would count no queries at all",
-        ("tests/test_plan_edges.py::test_a_total_of_no_queries_is_none_given",),
+        ("tests/calls/test_plan_edges.py::test_a_total_of_no_queries_is_none_given",),
     ),
     Mutation(
         "one-sm-is-left",
@@ -455,7 +455,7 @@ PROBLEM = (
         "if self.sm_margin >= self.num_sms:",
         "if self.sm_margin > self.num_sms:",
         "a schedule for no SM at all divides by zero",
-        ("tests/test_errors.py::test_raises_and_writes_nothing",),
+        ("tests/calls/test_errors.py::test_raises_and_writes_nothing",),
     ),
     Mutation(
         "true-is-no-number",
@@ -463,7 +463,7 @@ PROBLEM = (
         "if isinstance(value, bool) or not hasattr",
         "if not hasattr",
         "an argument in a wrong place would be taken for the number 1",
-        ("tests/test_errors.py::test_raises_and_writes_nothing",),
+        ("tests/calls/test_errors.py::test_raises_and_writes_nothing",),
     ),
 )
 
@@ -474,7 +474,7 @@ DRIVER = (
         "self._config.stream = stream",
         "pass",
         "the kernel would run on the legacy stream, beside those that it must wait for",
-        ("tests/test_driver.py::test_driver_launches_are_given_what_the_first_one_was",),
+        ("tests/kernels/test_driver.py::test_driver_launches_are_given_what_the_first_one_was",),
     ),
     Mutation(
         "stream-of-a-repeated-launch",
@@ -482,7 +482,7 @@ DRIVER = (
         "made.stream = stream",
         "pass",
         "likewise for calls that come again",
-        ("tests/test_driver.py::test_driver_launches_are_given_what_the_first_one_was",),
+        ("tests/kernels/test_driver.py::test_driver_launches_are_given_what_the_first_one_was",),
     ),
     Mutation(
         "early-as-compiled",
@@ -490,7 +490,7 @@ DRIVER = (
         '"warp_size": _WARP, "launch_pdl": early}',
         '"warp_size": _WARP}',
         "a kernel that does not wait would start before the lengths are written",
-        ("tests/test_driver.py::test_a_kernel_compiled_early_is_launched_early",),
+        ("tests/kernels/test_driver.py::test_a_kernel_compiled_early_is_launched_early",),
     ),
     Mutation(
         "shared-memory-to-ask-for",
@@ -498,7 +498,7 @@ DRIVER = (
         'if not 0 <= fields["shared"] <= _MOST_SHARED_BYTES:',
         'if not 0 <= fields["shared"]:',
         "a kernel that needs more shared memory than is there without asking fails to launch",
-        ("tests/test_driver.py::test_a_kernel_that_may_need_more_is_left_to_triton",),
+        ("tests/kernels/test_driver.py::test_a_kernel_that_may_need_more_is_left_to_triton",),
     ),
     Mutation(
         "no-context-yet",
@@ -506,7 +506,7 @@ DRIVER = (
         "if error and error != _NO_CONTEXT:",
         "if error:",
         "a thread that has not used the GPU yet would raise instead of letting Triton make its context",
-        ("tests/test_driver.py::test_driver_launches_are_given_what_the_first_one_was",),
+        ("tests/kernels/test_driver.py::test_driver_launches_are_given_what_the_first_one_was",),
     ),
 )
 
@@ -517,7 +517,7 @@ TABLES = (
         'if table["gpu"] != gpu:',
         "if False:",
         "constants of another GPU would be used, should somebody have renamed a file",
-        ("tests/test_tables.py::test_a_file_that_is_no_table",),
+        ("tests/kernels/test_tables.py::test_a_file_that_is_no_table",),
     ),
     Mutation(
         "file-that-was-swapped",
@@ -525,7 +525,7 @@ TABLES = (
         "_check_regular(os.fstat(file.fileno()))",
         "pass",
         "whatever takes a file's place between the look and the opening would be read",
-        ("tests/test_tables.py::test_a_pipe_does_not_hang",),
+        ("tests/kernels/test_tables.py::test_a_pipe_does_not_hang",),
     ),
     Mutation(
         "failed-write",
@@ -533,7 +533,7 @@ TABLES = (
         "beside.unlink(missing_ok=True)",
         "pass",
         "a disk that is full would be left with half a file",
-        ("tests/test_tables.py::test_a_failed_write_leaves_nothing",),
+        ("tests/kernels/test_tables.py::test_a_failed_write_leaves_nothing",),
     ),
 )
 
@@ -571,7 +571,7 @@ CALLS = (
         "self.attention_chunk, self.softcap > 0, self.num_splits,",
         "self.attention_chunk, self.num_splits,",
         "layers with and without a softcap would share a problem, and with it a tile",
-        ("tests/test_calls.py::test_calls_that_differ_are_told_apart",),
+        ("tests/calls/test_calls.py::test_calls_that_differ_are_told_apart",),
     ),
     Mutation(
         "head-dim-of-v-of-a-call",
@@ -579,7 +579,7 @@ CALLS = (
         "self.k_cache.shape, self.v_cache.shape[-1],",
         "self.k_cache.shape,",
         "layers of another head dim of v would get the metadata of this one",
-        ("tests/test_calls.py::test_calls_that_differ_are_told_apart",),
+        ("tests/calls/test_calls.py::test_calls_that_differ_are_told_apart",),
     ),
     Mutation(
         "queries-that-count",
@@ -587,7 +587,7 @@ CALLS = (
         "total_q=self.q.shape[0] if ragged and counts_queries else None,",
         "total_q=None,",
         "with fewer ragged queries than there may be, the forward comes to fewer splits than the metadata has",
-        ("tests/test_bounds.py::test_the_wrapped_forward_asks_what_the_wheels_forward_asks",),
+        ("tests/builds/test_bounds.py::test_the_wrapped_forward_asks_what_the_wheels_forward_asks",),
     ),
     Mutation(
         "new-keys-without-keys",
@@ -595,7 +595,7 @@ CALLS = (
         "cu_seqlens_k_new=None if self.k_new is None else self.cu_seqlens_k_new,",
         "cu_seqlens_k_new=self.cu_seqlens_k_new,",
         "engines pass the tensor for purposes of their own, and FA3 ignores it then",
-        ("tests/test_wrapper.py::test_ragged_new_keys_count_only_with_new_keys",),
+        ("tests/calls/test_wrapper.py::test_ragged_new_keys_count_only_with_new_keys",),
     ),
     Mutation(
         "negative-bound",
@@ -603,7 +603,7 @@ CALLS = (
         "num_splits=max(self.num_splits, 0),",
         "num_splits=self.num_splits,",
         "FA3 takes any number below 1 for its heuristic; the call would be refused instead",
-        ("tests/test_calls.py::test_a_bound_below_one_is_the_heuristics",),
+        ("tests/calls/test_calls.py::test_a_bound_below_one_is_the_heuristics",),
     ),
     Mutation(
         "what-is-not-known",
@@ -611,7 +611,7 @@ CALLS = (
         "if others := call.keys() - known:",
         "if others := set():",
         "an argument of a future forward would be ignored, whatever it does to the schedule",
-        ("tests/test_wrapper_safety.py::test_what_is_not_known_is_passed_through",),
+        ("tests/calls/test_wrapper_safety.py::test_what_is_not_known_is_passed_through",),
     ),
 )
 
@@ -622,7 +622,7 @@ ARGUMENTS = (
         '_check(name, tensor, batch_size + name.startswith("cu_"), self.cache_seqlens)',
         "_check(name, tensor, batch_size, self.cache_seqlens)",
         "a running sum without its end would be read past it",
-        ("tests/test_errors.py::test_raises_and_writes_nothing",),
+        ("tests/calls/test_errors.py::test_raises_and_writes_nothing",),
     ),
     Mutation(
         "overlap-by-the-last-element",
@@ -630,7 +630,7 @@ ARGUMENTS = (
         "if first + reach + tensor.element_size() > start:",
         "if first + reach > start:",
         "lengths whose last element is the first of the output would be overwritten while they are read",
-        ("tests/test_lengths.py::test_overlap_begins_with_one_element",),
+        ("tests/kernels/test_lengths.py::test_overlap_begins_with_one_element",),
     ),
     Mutation(
         "room-in-out",
@@ -638,7 +638,7 @@ ARGUMENTS = (
         "or not out.is_contiguous() or out.numel() < size:",
         "or not out.is_contiguous():",
         "metadata would be written past the end of a buffer",
-        ("tests/test_errors.py::test_raises_and_writes_nothing",),
+        ("tests/calls/test_errors.py::test_raises_and_writes_nothing",),
     ),
 )
 
@@ -649,7 +649,7 @@ WRAPPER = (
         ", metadata, inputs)",
         ", metadata, ())",
         "other lengths may come to lie at the address of freed ones, and would be taken for them",
-        ("tests/test_wrapper_identity.py::test_lengths_live_as_long_as_their_metadata",),
+        ("tests/calls/test_wrapper_identity.py::test_lengths_live_as_long_as_their_metadata",),
     ),
     Mutation(
         "dtype-of-lengths",
@@ -657,7 +657,7 @@ WRAPPER = (
         "(t.data_ptr(), t.dtype, t.shape,",
         "(t.data_ptr(), t.shape,",
         "the same memory read as numbers of another size holds other lengths",
-        ("tests/test_wrapper_identity.py::test_the_same_memory_read_otherwise_is_other_lengths",),
+        ("tests/calls/test_wrapper_identity.py::test_the_same_memory_read_otherwise_is_other_lengths",),
     ),
     Mutation(
         "stride-of-lengths",
@@ -665,7 +665,7 @@ WRAPPER = (
         "t.shape, t.stride(), _version(t))",
         "t.shape, _version(t))",
         "a column and a row that start at the same place would share metadata",
-        ("tests/test_wrapper_identity.py::test_the_same_memory_read_otherwise_is_other_lengths",),
+        ("tests/calls/test_wrapper_identity.py::test_the_same_memory_read_otherwise_is_other_lengths",),
     ),
     Mutation(
         "version-of-lengths",
@@ -673,7 +673,7 @@ WRAPPER = (
         "t.shape, t.stride(), _version(t))",
         "t.shape, t.stride())",
         "lengths that were written since would be taken for those before",
-        ("tests/test_wrapper.py::test_lengths_written_by_torch_are_noticed",),
+        ("tests/calls/test_wrapper.py::test_lengths_written_by_torch_are_noticed",),
     ),
     Mutation(
         "stream-of-the-maker",
@@ -681,7 +681,7 @@ WRAPPER = (
         "key = (rules, problem, identity, stream)",
         "key = (rules, problem, identity)",
         "a layer on another stream would read metadata that may not have been written yet",
-        ("tests/test_wrapper_identity.py::test_each_stream_makes_its_own",),
+        ("tests/calls/test_wrapper_identity.py::test_each_stream_makes_its_own",),
     ),
     Mutation(
         "rules-of-the-maker",
@@ -689,7 +689,7 @@ WRAPPER = (
         "key = (rules, problem, identity, stream)",
         "key = (problem, identity, stream)",
         "the forward of one build would be given the tensor of another",
-        ("tests/test_wrapper_safety.py::test_builds_in_one_scope_get_each_its_own",),
+        ("tests/calls/test_wrapper_safety.py::test_builds_in_one_scope_get_each_its_own",),
     ),
     Mutation(
         "layer-that-comes-round",
@@ -697,7 +697,7 @@ WRAPPER = (
         "if made is None or layer in made.layers or",
         "if made is None or",
         "where torch counts no writes, a second step in one scope would get the metadata of the first",
-        ("tests/test_wrapper.py::test_a_layer_that_comes_round_again_is_a_new_step",),
+        ("tests/calls/test_wrapper.py::test_a_layer_that_comes_round_again_is_a_new_step",),
     ),
     Mutation(
         "capture-after-capture",
@@ -705,7 +705,7 @@ WRAPPER = (
         "if _captures.scope is None or _captures.scope.capture != capture.number:",
         "if _captures.scope is None:",
         "a graph would read metadata that only the replay of another graph makes",
-        ("tests/test_wrapper_identity.py::test_each_capture_makes_its_own",),
+        ("tests/calls/test_wrapper_identity.py::test_each_capture_makes_its_own",),
     ),
     Mutation(
         "metadata-that-is-brought",
@@ -713,7 +713,7 @@ WRAPPER = (
         'if scope is None or call.get("scheduler_metadata") is not None or',
         "if scope is None or",
         "an engine's own metadata would be thrown away",
-        ("tests/test_wrapper.py::test_metadata_that_is_brought_is_kept",),
+        ("tests/calls/test_wrapper.py::test_metadata_that_is_brought_is_kept",),
     ),
     Mutation(
         "layers-only-read",
@@ -721,7 +721,7 @@ WRAPPER = (
         "scope.readers |= after - before",
         "pass",
         "a captured layer would count as one that may have written the lengths: metadata in every layer",
-        ("tests/test_wrapper_safety.py::test_kinds_of_layers_share_in_a_capture_in_inference_mode",),
+        ("tests/calls/test_wrapper_safety.py::test_kinds_of_layers_share_in_a_capture_in_inference_mode",),
     ),
 )
 
@@ -732,7 +732,7 @@ INSTALL = (
         "if change.namespace.get(change.name, _MISSING) is not change.after:",
         "if False:",
         "what somebody else has put in would be taken out",
-        ("tests/test_wrapper.py::test_uninstall_leaves_what_somebody_else_replaced",),
+        ("tests/calls/test_wrapper.py::test_uninstall_leaves_what_somebody_else_replaced",),
     ),
     Mutation(
         "empty-is-off",
@@ -740,7 +740,7 @@ INSTALL = (
         'return os.environ.get(DISABLE_VARIABLE, "0") not in ("", "0")',
         'return os.environ.get(DISABLE_VARIABLE, "0") not in ("0",)',
         "an empty variable, as a shell script sets it, would turn everything off",
-        ("tests/test_install.py::test_anything_but_0_turns_it_off",),
+        ("tests/calls/test_install.py::test_anything_but_0_turns_it_off",),
     ),
     Mutation(
         "installed-for-another-build",
@@ -748,7 +748,7 @@ INSTALL = (
         "if installed_for is not None and rules_for(installed_for) is not rules_for(name):",
         "if False:",
         "one build would go on with the function of another, whose tensor is laid out otherwise",
-        ("tests/test_wrapper.py::test_install_for_another_build_is_refused",),
+        ("tests/calls/test_wrapper.py::test_install_for_another_build_is_refused",),
     ),
     Mutation(
         "modules-that-imported-it",
@@ -756,7 +756,7 @@ INSTALL = (
         "for module in loaded if vars(module).get(name) is value]",
         "for module in loaded if False]",
         "what is said would not name the engine whose forward was wrapped, and which to look at",
-        ("tests/test_wrapper.py::test_install_wraps_the_forward_where_it_was_imported",),
+        ("tests/calls/test_wrapper.py::test_install_wraps_the_forward_where_it_was_imported",),
     ),
     Mutation(
         "objects-that-keep-it",
@@ -764,7 +764,7 @@ INSTALL = (
         "if type(namespace) is dict and namespace.get(name) is value and id(namespace) not in known:",
         "if False:",
         "an engine's object that has kept the forward would go on with the unwrapped one",
-        ("tests/test_install_kept.py::test_objects_and_dicts_that_keep_it",),
+        ("tests/calls/test_install_kept.py::test_objects_and_dicts_that_keep_it",),
     ),
 )
 
@@ -775,7 +775,7 @@ ENGINES = (
         'self._asked = asked if self.policy.policy == "fa3" else None',
         "self._asked = asked",
         "eager batches would have FA3's splits whatever policy was asked for",
-        ("tests/test_sglang_adapter.py::test_balanced_eager_batches_get_the_bound_of_their_metadata",),
+        ("tests/engines/test_sglang_adapter.py::test_balanced_eager_batches_get_the_bound_of_their_metadata",),
     ),
     Mutation(
         "sglang-page-table",
@@ -783,7 +783,7 @@ ENGINES = (
         '"max_seqlen_k": metadata.page_table.shape[1] * self.backend.page_size,',
         '"max_seqlen_k": asked["max_seqlen_k"],',
         "FA3 goes by the width of the page table, SGLang by the longest sequence: another bound on splits",
-        ("tests/test_sglang_adapter.py::test_eager_asks_for_the_page_tables_width",),
+        ("tests/engines/test_sglang_adapter.py::test_eager_asks_for_the_page_tables_width",),
     ),
     Mutation(
         "sglang-on-sm8x",
@@ -791,7 +791,7 @@ ENGINES = (
         "if device_facts(metadata.cache_seqlens_int32.device, None, None)[0] < 90:",
         "if False:",
         "on sm_8x the forward, called with 0, refuses a tensor of that size",
-        ("tests/test_sglang_adapter.py::test_sm8x_leaves_eager_batches_to_fa3",),
+        ("tests/engines/test_sglang_adapter.py::test_sm8x_leaves_eager_batches_to_fa3",),
     ),
     Mutation(
         "sglang-layer-of-another-shape",
@@ -799,7 +799,7 @@ ENGINES = (
         "if not fits or (total_q is not None and total_q != q.shape[:-2].numel()):",
         "if total_q is not None and total_q != q.shape[:-2].numel():",
         "a layer with another head dim of v would read a schedule that is not its own",
-        ("tests/test_sglang_adapter.py::test_layers_of_another_shape_get_no_eager_metadata",),
+        ("tests/engines/test_sglang_adapter.py::test_layers_of_another_shape_get_no_eager_metadata",),
     ),
     Mutation(
         "sglang-padded-queries",
@@ -807,7 +807,9 @@ ENGINES = (
         "if not fits or (total_q is not None and total_q != q.shape[:-2].numel()):",
         "if not fits:",
         "the forward counts queries that were added since, and has room for other splits",
-        ("tests/test_sglang_adapter.py::test_a_batch_padded_with_queries_makes_its_own_where_they_are_counted",),
+        (
+            "tests/engines/test_sglang_adapter.py::test_a_batch_padded_with_queries_makes_its_own_where_they_are_counted",
+        ),
     ),
     Mutation(
         "sglang-graph-from-before",
@@ -815,7 +817,7 @@ ENGINES = (
         "if metadata is None or metadata.scheduler_metadata is None:",
         "if True:",
         "a graph that was captured before we came would read a buffer that nobody refreshes",
-        ("tests/test_sglang_adapter.py::test_a_graph_captured_before_keeps_sglangs_metadata",),
+        ("tests/engines/test_sglang_adapter.py::test_a_graph_captured_before_keeps_sglangs_metadata",),
     ),
     Mutation(
         "vllm-tells-its-own",
@@ -823,7 +825,7 @@ ENGINES = (
         "policy=policy, forward_is_told=False,",
         "policy=policy, forward_is_told=True,",
         "vLLM tells the forward its own number of splits: ours would be out of bounds",
-        ("tests/test_bounds.py::test_vllms_builder_stays_within_its_forwards_bound",),
+        ("tests/builds/test_bounds.py::test_vllms_builder_stays_within_its_forwards_bound",),
     ),
     Mutation(
         "vllm-fa4",
@@ -831,7 +833,7 @@ ENGINES = (
         "if out is None and (headdim > MAX_HEADDIM or isinstance(causal, torch.Tensor)):",
         "if out is None and isinstance(causal, torch.Tensor):",
         "vLLM asks for models that FA4 attends to, too, and would fail to start",
-        ("tests/test_vllm_adapter.py::test_other_flash_attention_versions_are_left_alone",),
+        ("tests/engines/test_vllm_adapter.py::test_other_flash_attention_versions_are_left_alone",),
     ),
     Mutation(
         "vllm-stale-elements",
@@ -839,7 +841,7 @@ ENGINES = (
         "if size < end:",
         "if False:",
         "what a longer batch has left behind would be read by a captured graph",
-        ("tests/test_vllm_adapter.py::test_in_place_leaves_the_buffer_as_vllm_does",),
+        ("tests/engines/test_vllm_adapter.py::test_in_place_leaves_the_buffer_as_vllm_does",),
     ),
 )
 

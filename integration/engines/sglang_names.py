@@ -1,4 +1,4 @@
-"""Everything that the SGLang adapter leans on, by range of versions. tests/test_sglang_contract.py checks it."""
+"""All that the SGLang adapter leans on, by range of versions. tests/engines/test_sglang_contract.py checks it."""
 
 from __future__ import annotations
 

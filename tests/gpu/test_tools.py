@@ -1,0 +1,70 @@
+"""Recording and measuring on a GPU: nothing is waited for, captures are left alone, what is measured is compared."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import pytest
+import torch
+from fa3_metadata import detect_build, trace
+from fa3_metadata.tools import cli, measure
+
+from ..tools.test_trace import call
+
+pytestmark = pytest.mark.gpu
+
+
+def on_gpu(lengths: list[int]) -> tuple[object, ...]:
+    return call(lengths, cache_seqlens=torch.tensor(lengths, dtype=torch.int32, device="cuda"))
+
+
+def test_recording_waits_for_nothing(tmp_path: pathlib.Path) -> None:
+    """The GPU is kept busy for a while: lengths are those at that place of the stream, read when it has come there."""
+    path = trace.start(tmp_path / "steps.trace")
+    problem, tensors, rules = on_gpu([900, 5000])
+    trace.record(problem, tensors, rules)  # pinned memory is there from now on
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.cuda._sleep(200_000_000)  # 0.1 s or more
+        busy = torch.cuda.Event()
+        for _ in range(5):
+            tensors.cache_seqlens.add_(1)
+            trace.record(problem, tensors, rules)
+        busy.record()
+        assert not busy.query(), "the GPU has not come there yet"
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    trace.stop()
+    assert [int(one.lengths.cache_seqlens[0]) for one in trace.read(path)] == [900, 901, 902, 903, 904, 905]
+
+
+def test_a_capture_is_left_alone_and_its_replays_can_be_told_of(tmp_path: pathlib.Path) -> None:
+    path = trace.start(tmp_path / "steps.trace")
+    problem, tensors, rules = on_gpu([900, 5000])
+    trace.record(problem, tensors, rules)  # a copy that may be under way
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        trace.record(problem, tensors, rules)
+        tensors.cache_seqlens.add_(1)
+    for _ in range(3):
+        trace.replayed(batch_size=2)
+        graph.replay()
+    trace.stop()
+    assert [int(one.lengths.cache_seqlens[0]) for one in trace.read(path)] == [900, 900, 901, 902]
+
+
+def test_a_step_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    build = detect_build().build
+    if reason := measure.why_not(build):
+        pytest.skip(reason)
+    arguments = ["measure", "--model", "gpt-oss-20b", "--cache-seqlens", "2k,7x300", "--samples", "4", "--rounds", "2"]
+    assert cli.main([*arguments, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert not said["simulated"]
+    assert list(said["times_us"]) == ["step", "window 127", "full"]
+    for times in said["times_us"].values():
+        assert {"FA3 alone", "ours", "balanced"} <= set(times)
+        assert all(time > 0 for time in times.values())
+    assert "ours: bit for bit" in said["checked"]
