@@ -139,7 +139,6 @@ def get_scheduler_metadata(
     build, rules = resolve_build(build)
     if type(total_q) is int and total_q >= 0 and not rules.bound_depends_on_batch:
         total_q = None  # of no account, and not worth another kind of call
-    given = (cache_seqlens, cu_seqlens_q, cu_seqlens_k, cu_seqlens_k_new, seqused_q, leftpad_k)
     static = (  # in the order of STATIC
         max_seqlen_q, num_heads, num_heads_k, headdim, headdim_v, qkv_dtype, cu_seqlens_q is not None,
         seqused_q is not None, leftpad_k is not None, page_size, max_seqlen_k_new, causal, window_size, attention_chunk,
@@ -148,24 +147,30 @@ def get_scheduler_metadata(
     )  # fmt: skip
     kind, key, schedules = None, None, None
     try:
+        kind = build, backend, cache_seqlens.device, static
+        known = _kinds.get(kind)
         # Types, too: 1 and 1.0 and True are equal, but not all of them are allowed.
-        kind = (build, backend, cache_seqlens.device, static, *map(type, static), *map(type, window_size))
-        schedules = _kinds.get(kind)
-        if schedules is not None and out is not None and schedules.knows(batch_size, max_seqlen_k):
-            places = [None if one is None else place(one) for one in given]
-            key = (backend, batch_size, max_seqlen_k, type(batch_size), type(max_seqlen_k), place(out), *places)
-            if (size := schedules.again(key)) is not None:
-                return out if out.shape[0] == size else out[:size]
+        if known is not None and known[0] == [*map(type, static), *map(type, window_size)]:
+            schedules = known[1]
+            if out is not None and (batch_size, max_seqlen_k) in schedules.steps:
+                if cu_seqlens_q is cu_seqlens_k is cu_seqlens_k_new is seqused_q is leftpad_k is None:
+                    places = place(cache_seqlens)
+                else:
+                    given = cache_seqlens, cu_seqlens_q, cu_seqlens_k, cu_seqlens_k_new, seqused_q, leftpad_k
+                    places = tuple([None if one is None else place(one) for one in given])
+                key = backend, batch_size, max_seqlen_k, type(batch_size), type(max_seqlen_k), place(out), places
+                if (size := schedules.again(key)) is not None:
+                    return out if out.shape[0] == size else out[:size]
     except (TypeError, AttributeError, RuntimeError):  # no tensor, one without memory, or a list for the window
         kind, key = None, None
-    tensors = LengthTensors(*given)
+    tensors = LengthTensors(cache_seqlens, cu_seqlens_q, cu_seqlens_k, cu_seqlens_k_new, seqused_q, leftpad_k)
     if schedules is None:
         _check_first(policy, backend, cache_seqlens)
         named: dict[str, Any] = dict(zip(STATIC, static, strict=True))
         problem = make_problem(tensors, batch_size=batch_size, max_seqlen_k=max_seqlen_k, **named)
         schedules = schedules_of(problem, rules)
         if kind is not None:
-            keep(_kinds, _MOST_KINDS, kind, schedules)
+            keep(_kinds, _MOST_KINDS, kind, ([*map(type, static), *map(type, window_size)], schedules))
     batch_size, max_seqlen_k = checked_int("batch_size", batch_size, 0), checked_int("max_seqlen_k", max_seqlen_k, 0)
     tensors.check(batch_size)
     step = schedules.at(batch_size, max_seqlen_k)
@@ -183,7 +188,8 @@ def get_scheduler_metadata(
 
 # The arguments of a call but its sizes, build, backend and tensors, of which presence alone counts.
 STATIC = tuple(field.name for field in fields(Problem) if field.name not in ("batch_size", "max_seqlen_k", "gpu"))
-_kinds: dict[Hashable, Schedules] = {}  # by all that calls share but their sizes and tensors
+# By all that calls share but their sizes and tensors; with the types of the arguments, then of the window's numbers.
+_kinds: dict[Hashable, tuple[list[type], Schedules]] = {}
 _MOST_KINDS = 256
 
 

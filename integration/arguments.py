@@ -26,6 +26,13 @@ class LengthTensors(NamedTuple):
     seqused_q: torch.Tensor | None = None
     leftpad_k: torch.Tensor | None = None
 
+    def _are_more(self) -> bool:
+        """Than cache_seqlens, which most calls give alone."""
+        none = (
+            self.cu_seqlens_q is self.cu_seqlens_k is self.cu_seqlens_k_new is self.seqused_q is self.leftpad_k is None
+        )
+        return not none
+
     def pointers(self) -> LengthPointers:
         """The tensors that the kernel reads, in its order."""
         return self.cache_seqlens, self.cu_seqlens_q, self.seqused_q, self.cu_seqlens_k_new, self.leftpad_k
@@ -34,21 +41,26 @@ class LengthTensors(NamedTuple):
         """The first tensor read that has memory in common with `out`, contiguous, by its ends; None: there is none."""
         start = out.data_ptr()
         end = start + out.nbytes
-        for name, tensor in zip(_READ, self.pointers(), strict=True):
-            if tensor is not None and (first := tensor.data_ptr()) < end and tensor.numel():
-                reach = (tensor.numel() - 1) * tensor.stride(0) * tensor.element_size()  # torch has no negative strides
-                if first + reach + tensor.element_size() > start:
-                    return name
+        for place, tensor in enumerate(self.pointers() if self._are_more() else (self.cache_seqlens,)):
+            if tensor is not None and (first := tensor.data_ptr()) < end and first + _reach(tensor) > start:
+                return _READ[place]
         return None
 
     def check(self, batch_size: int) -> None:
         """Raise `TypeError` or `ValueError` for the first tensor that does not fit a batch of this size."""
         _check("cache_seqlens", self.cache_seqlens, batch_size, self.cache_seqlens)
-        if self.cu_seqlens_q is self.cu_seqlens_k is self.cu_seqlens_k_new is self.seqused_q is self.leftpad_k is None:
+        if not self._are_more():
             return
         for name, tensor in zip(self._fields[1:], self[1:], strict=True):
             if tensor is not None:
                 _check(name, tensor, batch_size + name.startswith("cu_"), self.cache_seqlens)
+
+
+def _reach(tensor: torch.Tensor) -> int:
+    """Bytes from the first element of a 1-D tensor to the end of its last. torch has no negative strides."""
+    if tensor.is_contiguous() or not tensor.shape[0]:
+        return tensor.nbytes
+    return ((tensor.shape[0] - 1) * tensor.stride(0) + 1) * tensor.itemsize
 
 
 _READ = ("cache_seqlens", "cu_seqlens_q", "seqused_q", "cu_seqlens_k_new", "leftpad_k")  # as `pointers` has them
@@ -143,12 +155,12 @@ def output_tensor(
         raise TypeError(f"out must have dtype int32, got {out.dtype}")
     if out.device != device:
         raise ValueError(f"out must be on {device} like cache_seqlens, got {out.device}")
-    if out.dim() != 1 or not out.is_contiguous() or out.numel() < size:
+    if out.dim() != 1 or not out.is_contiguous() or out.shape[0] < size:
         raise ValueError(
             f"out must be a contiguous 1-D tensor of at least {size} elements, "
             f"got shape {tuple(out.shape)} with strides {out.stride()}"
         )
-    made = out if out.numel() == size else out[:size]
+    made = out if out.shape[0] == size else out[:size]
     if lengths is not None and (name := lengths.overlapping(made)) is not None:
         raise ValueError(f"out must not overlap {name}, which is read while it is written")
     return made

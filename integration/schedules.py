@@ -35,26 +35,38 @@ class _Family:
             if reason := untellable_reason(its_rules, problem):
                 raise ValueError(reason)
         self.problems, self.plans = problems, tuple(map(make_plan, problems, rules))
+        self._both = tuple(zip(self.plans, problems, strict=True))
+        self._served: int | None = None  # the latest max_seqlen_k
+        self._sized: tuple[int, tuple[int, ...]] = (-1, ())  # the latest batch size, and its sizes
         self.launches: dict[tuple[int, int, int], Launch] = {}  # by launch shape
+        self.shaped_by: tuple[bool, bool, str] | None = None  # see launch.shaped_by, whose kernels may not import
         self.latest: tuple[int, Launch] | None = None  # and its batch size; max_seqlen_k is none of its arguments
 
+    def sizes_for(self, batch_size: int) -> tuple[int, ...]:
+        """Elements of each group's metadata."""
+        if batch_size != self._sized[0]:
+            self._sized = batch_size, tuple([plan.layout.size_for(batch_size) for plan in self.plans])
+        return self._sized[1]
+
     def serves(self, batch_size: int, max_seqlen_k: int | None) -> bool:
-        for plan, problem in zip(self.plans, self.problems, strict=True):
+        for plan, problem in self._both:
             longest = problem.max_seqlen_k if max_seqlen_k is None else max_seqlen_k
-            if not sizes_alone_differ(plan, problem, batch_size, longest):
+            if not sizes_alone_differ(plan, problem, batch_size, longest, self._served):
                 return False
+        self._served = max_seqlen_k
         return True
 
 
 class Step:
     """The metadata of each group of layers at one pair of sizes. Tensors given to it must have been checked."""
 
+    views: tuple[torch.Tensor, ...] = ()  # of a plan's buffer
+    pointers: tuple[torch.Tensor, ...] = ()  # the kernel's, to write those
+    _launch: Launch | None = None
+
     def __init__(self, family: _Family, batch_size: int, max_seqlen_k: int | None) -> None:
         self.family, self.batch_size, self.max_seqlen_k = family, batch_size, max_seqlen_k
-        self.sizes = tuple([plan.layout.size_for(batch_size) for plan in family.plans])  # elements of the metadata
-        self.views: tuple[torch.Tensor, ...] = ()  # of a plan's buffer
-        self.pointers: tuple[torch.Tensor, ...] = ()  # the kernel's, to write those
-        self._launch: Launch | None = None
+        self.sizes = family.sizes_for(batch_size)  # elements of the metadata of each group
         self._planned: dict[int, tuple[Problem, LaunchPlan]] = {}
 
     def planned(self, group: int = 0) -> tuple[Problem, LaunchPlan]:
@@ -111,7 +123,9 @@ class Step:
 
     def _launch_of_shape(self, kernels: Any) -> Launch:
         family = self.family
-        shape = kernels.launch_shape_of(family.plans, self.batch_size, family.problems[0].gpu)
+        if family.shaped_by is None:
+            family.shaped_by = kernels.shaped_by(family.plans, family.problems[0].gpu)
+        shape = kernels.launch_shape(self.batch_size, *family.shaped_by)
         if (like := family.launches.get(shape)) is not None:
             return like.for_batch(self.batch_size)
         problem, plan = self.planned()
@@ -134,12 +148,8 @@ class Schedules:
         """`at` gives the groups' problems at a batch size and a max_seqlen_k (None: each group's own)."""
         self._problems_at, self._rules = at, tuple(rules)
         self._families: list[_Family] = []  # the latest in use comes last
-        self._steps: dict[tuple[int, int | None], Step] = {}
+        self.steps: dict[tuple[int, int | None], Step] = {}  # by their sizes
         self.again = Again()  # launches on the caller's own tensors
-
-    def knows(self, batch_size: int, max_seqlen_k: int) -> bool:
-        """Whether these sizes came before."""
-        return (batch_size, max_seqlen_k) in self._steps
 
     def at(self, batch_size: int, max_seqlen_k: int | None = None) -> Step:
         """The step of these sizes, without planning anew where another one's plans serve.
@@ -147,15 +157,16 @@ class Schedules:
         Raises `ValueError` for what the build has no kernels for, or what its forward could not be told.
         """
         sizes = (batch_size, max_seqlen_k)
-        if (step := self._steps.get(sizes)) is None:
-            step = Step(self._family(*sizes), *sizes)
-            keep(self._steps, _MOST_STEPS, sizes, step)
+        if (step := self.steps.get(sizes)) is None:
+            families = self._families
+            serves = families and families[-1].serves(batch_size, max_seqlen_k)
+            family = families[-1] if serves else self._family(batch_size, max_seqlen_k)
+            step = Step(family, batch_size, max_seqlen_k)
+            keep(self.steps, _MOST_STEPS, sizes, step)
         return step
 
     def _family(self, batch_size: int, max_seqlen_k: int | None) -> _Family:
         families = self._families
-        if families and families[-1].serves(batch_size, max_seqlen_k):
-            return families[-1]
         found = next((one for one in families if one.serves(batch_size, max_seqlen_k)), None)
         if found is None:
             found = _Family(self._problems_at(batch_size, max_seqlen_k), self._rules)

@@ -69,7 +69,7 @@ class Launch:
         numbers: tuple[int | float, ...], constants: dict[str, Any],
     ) -> None:  # fmt: skip
         """`numbers` are the kernel's arguments after the batch size, `constants` those that are not the shape's."""
-        self._slice, group, num_warps = launch_shape_of(plans, batch_size, problem.gpu)
+        self._slice, group, num_warps = launch_shape(batch_size, *shaped_by(plans, problem.gpu))
         self._layer_groups, self._numbers = len(plans), numbers
         self._batch_size, self._grid = batch_size, _grid(batch_size, self._slice, len(plans))
         # Programmatic dependent launch: programs start while the kernel before ends, and wait for its end themselves.
@@ -89,10 +89,10 @@ class Launch:
         self._launches: dict[tuple[Any, ...], DriverLaunch] = {}
 
     def for_batch(self, batch_size: int) -> Launch:
-        """The same kernel for another batch size, for which `launch_shape_of` answers the same."""
+        """The same kernel for another batch size, for which `launch_shape` answers the same."""
         made = object.__new__(Launch)
-        vars(made).update(vars(self))
-        made._batch_size, made._grid = batch_size, _grid(batch_size, self._slice, self._layer_groups)
+        grid = _grid(batch_size, self._slice, self._layer_groups)
+        made.__dict__ = {**self.__dict__, "_batch_size": batch_size, "_grid": grid}
         return made
 
     def __call__(self, pointers: tuple[torch.Tensor, ...], lengths: LengthPointers) -> None:
@@ -181,12 +181,9 @@ _driver_launches: dict[tuple[Any, tuple[int | float, ...]], DriverLaunch] = {}
 _MOST_DRIVER_LAUNCHES = 1024
 
 
-def launch_shape_of(plans: Sequence[LaunchPlan], batch_size: int, gpu: str) -> tuple[int, int, int]:
-    """`launch_shape` for a batch of these plans. Where only sizes differ, it decides which kernel is launched."""
-    is_sorted, balanced = False, False
-    for plan in plans:
-        is_sorted, balanced = is_sorted or plan.layout.is_sorted, balanced or plan.costs is not None
-    return launch_shape(batch_size, is_sorted, balanced, gpu)
+def shaped_by(plans: Sequence[LaunchPlan], gpu: str) -> tuple[bool, bool, str]:
+    """What `launch_shape` asks but the batch size. Where only sizes differ, the shape decides which kernel runs."""
+    return any(plan.layout.is_sorted for plan in plans), any(plan.costs is not None for plan in plans), gpu
 
 
 def metadata_launch(problem: Problem, plan: LaunchPlan) -> Launch:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeAlias
 
 import numpy as np
 
@@ -21,6 +22,8 @@ from .tiles import find_tile
 MAX_BALANCED_M_BLOCKS = 8  # with more query blocks a call is a prefill, which FA3's rule serves
 _L2_BYTES_FOR_SPLITS = 50 * MIB
 _MAX_HEURISTIC_SPLITS = 128
+
+Why: TypeAlias = tuple[str | int, ...]  # a text, and what goes into it: found for every new size, seldom read
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class LaunchPlan:
     splits_tile: tuple[int, int]  # kBlockM and kBlockN with which FA3's bound on splits is found
     tiles_counted: int  # query blocks that it counts
     num_splits: int  # upper bound; layout.num_splits is what the forward is told
-    num_splits_reason: str
+    why_num_splits: Why
     pack_gqa: bool  # pass the same to the forward
     pack_gqa_reason: str
     num_heads: int  # heads the tile scheduler sees: KV heads when packed, else q heads
@@ -52,6 +55,11 @@ class LaunchPlan:
     max_seqlen_q: int  # in tokens
     is_short: bool  # no sequence is meant to have more than SHORT_LIMIT tokens or query rows; one that has is cut
     layout: MetadataLayout
+
+    @property
+    def num_splits_reason(self) -> str:
+        text, *numbers = self.why_num_splits
+        return str(text).format(*numbers)
 
     @property
     def searches_splits(self) -> bool:
@@ -121,7 +129,7 @@ def make_plan(problem: Problem, rules: FA3Rules) -> LaunchPlan:
     # Only a forward that is told the bound has room for ours; another one has room for FA3's.
     own_bound = balanced and p.forward_is_told and "num_splits" not in rules.forward_lacks
     if p.num_splits:
-        num_splits, splits_reason = p.num_splits, "given"
+        num_splits, why_num_splits = p.num_splits, ("given",)
     else:
         keys_read = _keys_read(p, block_m, is_local, window)
         bound = (keys_read, num_sms, block_m, block_n, is_causal or is_local)  # what FA3 finds it by
@@ -129,9 +137,9 @@ def make_plan(problem: Problem, rules: FA3Rules) -> LaunchPlan:
             tiles = p.num_heads_k * _num_blocks(query_rows, block_m)
             fa3, _ = _resolve_num_splits(p, p.max_seqlen_k, tiles, *bound)
             num_splits = balanced_num_splits(p, tiles, -(-keys_read // block_n), num_sms, fa3)
-            splits_reason = "what may pay, within max_partial_bytes"
+            why_num_splits = ("what may pay, within max_partial_bytes",)
         else:
-            num_splits, splits_reason = _resolve_num_splits(p, p.max_seqlen_k, tiles_counted, *bound)
+            num_splits, why_num_splits = _resolve_num_splits(p, p.max_seqlen_k, tiles_counted, *bound)
     if rules.packs_first:
         flags = mask_flags | _one_wg_flag(p, rules, is_local, num_splits > 1)
     block_m, block_n = _tile(p, rules, flags | ({"split"} if num_splits > 1 else set()))
@@ -165,7 +173,7 @@ def make_plan(problem: Problem, rules: FA3Rules) -> LaunchPlan:
         splits_tile=splits_tile,
         tiles_counted=tiles_counted,
         num_splits=num_splits,
-        num_splits_reason=splits_reason,
+        why_num_splits=why_num_splits,
         pack_gqa=pack_gqa,
         pack_gqa_reason=pack_reason,
         num_heads=p.num_heads_k if pack_gqa else p.num_heads,
@@ -189,8 +197,13 @@ def make_plan(problem: Problem, rules: FA3Rules) -> LaunchPlan:
     )
 
 
-def sizes_alone_differ(plan: LaunchPlan, problem: Problem, batch_size: int, max_seqlen_k: int) -> bool:
-    """Whether the plan of `problem` is that of another batch size and max_seqlen_k, too, but for these two."""
+def sizes_alone_differ(
+    plan: LaunchPlan, problem: Problem, batch_size: int, max_seqlen_k: int, served: int | None = None
+) -> bool:
+    """Whether the plan of `problem` is that of another batch size and max_seqlen_k, too, but for these two.
+
+    `served`: a max_seqlen_k of which it is known that it is, at the problem's batch size.
+    """
     if (batch_size > MAX_DYNAMIC_SPLIT_BATCH) != (problem.batch_size > MAX_DYNAMIC_SPLIT_BATCH):
         return False
     if plan.costs is not None:
@@ -198,12 +211,14 @@ def sizes_alone_differ(plan: LaunchPlan, problem: Problem, batch_size: int, max_
             return False
         if plan.for_batch(batch_size).searches_splits != plan.searches_splits:
             return False
-    if max_seqlen_k != problem.max_seqlen_k:
+    if max_seqlen_k != problem.max_seqlen_k and max_seqlen_k != served:
         if problem.arch < 90 or problem.window_size != (-1, -1) or problem.attention_chunk:
             return False
         if _is_short(problem, max_seqlen_k) != plan.is_short:
             return False
-    return bool(problem.num_splits) or _num_splits_like(plan, problem, batch_size, max_seqlen_k)[0] == plan.num_splits
+    if problem.num_splits or (max_seqlen_k == served and plan.rules.splits_count == "one_sequence"):
+        return True
+    return _num_splits_like(plan, problem, batch_size, max_seqlen_k)[0] == plan.num_splits
 
 
 def batch_sizes_of_other_plans(problem: Problem, rules: FA3Rules) -> list[int]:
@@ -223,22 +238,22 @@ def batch_sizes_of_other_plans(problem: Problem, rules: FA3Rules) -> list[int]:
 
 def plan_like(plan: LaunchPlan, problem: Problem, batch_size: int, max_seqlen_k: int) -> LaunchPlan:
     """The plan for other sizes where `sizes_alone_differ`."""
-    reason = plan.num_splits_reason
+    why = plan.why_num_splits
     if not problem.num_splits:
-        reason = _num_splits_like(plan, problem, batch_size, max_seqlen_k)[1]
+        why = _num_splits_like(plan, problem, batch_size, max_seqlen_k)[1]
     return unchecked_replace(
         plan.for_batch(batch_size),
         tiles_counted=_tiles_counted(problem, plan.rules, plan.splits_tile[0], batch_size),
         window_size=_normalise_mask(unchecked_replace(problem, max_seqlen_k=max_seqlen_k))[2],
-        num_splits_reason=reason,
+        why_num_splits=why,
     )
 
 
-def _num_splits_like(plan: LaunchPlan, problem: Problem, batch_size: int, max_seqlen_k: int) -> tuple[int, str]:
+def _num_splits_like(plan: LaunchPlan, problem: Problem, batch_size: int, max_seqlen_k: int) -> tuple[int, Why]:
     """FA3's bound on splits where `plan` is that of `problem` but for the sizes; max_seqlen_k only without a window."""
     counts_one = plan.rules.splits_count == "one_sequence"
     if max_seqlen_k == problem.max_seqlen_k and (counts_one or batch_size == problem.batch_size):
-        return plan.num_splits, plan.num_splits_reason
+        return plan.num_splits, plan.why_num_splits
     block_m, block_n = plan.splits_tile
     keys_read = _keys_read(problem, block_m, True, plan.window_size) if plan.is_local else max_seqlen_k
     tiles = plan.tiles_counted if counts_one else _tiles_counted(problem, plan.rules, block_m, batch_size)
@@ -248,8 +263,8 @@ def _num_splits_like(plan: LaunchPlan, problem: Problem, batch_size: int, max_se
 
 
 def _is_short(p: Problem, max_seqlen_k: int) -> bool:
-    longest = max(max_seqlen_k + p.max_seqlen_k_new, p.max_seqlen_q * p.q_heads_per_kv_head)
-    return longest <= SHORT_LIMIT
+    keys = max_seqlen_k + p.max_seqlen_k_new
+    return keys <= SHORT_LIMIT and p.max_seqlen_q * p.q_heads_per_kv_head <= SHORT_LIMIT
 
 
 def _normalise_mask(p: Problem) -> tuple[bool, bool, tuple[int, int]]:
@@ -325,7 +340,7 @@ def _tiles_counted(p: Problem, rules: FA3Rules, block_m: int, batch_size: int) -
 def _resolve_num_splits(
     p: Problem, max_seqlen_k: int, total_m_blocks: int, keys_read: int, num_sms: int, block_m: int, block_n: int,
     is_masked: bool,
-) -> tuple[int, str]:  # fmt: skip
+) -> tuple[int, Why]:  # fmt: skip
     """FA3's upper bound on splits, and why: most builds count the tiles of one sequence of the largest length."""
     num_n_blocks = -(-keys_read // block_n)
     if total_m_blocks >= _enough_tiles(num_sms):
@@ -333,12 +348,13 @@ def _resolve_num_splits(
         kv_head_bytes = _int32(max_seqlen_k * (p.headdim + p.value_headdim) * p.element_size)
         if kv_head_bytes > _L2_BYTES_FOR_SPLITS and num_m_blocks >= 2 * num_sms and not is_masked:
             splits = min(-(-kv_head_bytes // _L2_BYTES_FOR_SPLITS), _MAX_HEURISTIC_SPLITS)
-            return splits, "one KV head does not fit in L2 and many query blocks read it"
-        return 1, f"{total_m_blocks} tiles fill 80 % of {num_sms} SMs"
+            return splits, ("one KV head does not fit in L2 and many query blocks read it",)
+        return 1, ("{} tiles fill 80 % of {} SMs", total_m_blocks, num_sms)
     if num_n_blocks <= 4:
-        return 1, f"at most {num_n_blocks} key blocks are not worth splitting"
+        return 1, ("at most {} key blocks are not worth splitting", num_n_blocks)
     splits = _most_efficient_splits(total_m_blocks, num_sms, min(_MAX_HEURISTIC_SPLITS, num_sms, num_n_blocks))
-    return splits, f"smallest number within 85 % of the best wave efficiency of {total_m_blocks} tiles on {num_sms} SMs"
+    why = "smallest number within 85 % of the best wave efficiency of {} tiles on {} SMs", total_m_blocks, num_sms
+    return splits, why
 
 
 @lru_cache(maxsize=256)

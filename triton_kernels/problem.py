@@ -19,6 +19,8 @@ _T = TypeVar("_T")
 
 def checked_int(name: str, value: SupportsIndex, low: int, high: int = _INT32_MAX) -> int:
     """`value` as an int in [low, high]; a TypeError or ValueError that names the argument otherwise."""
+    if type(value) is int and low <= value <= high:  # nearly always
+        return value
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     number = operator.index(value)

@@ -255,9 +255,9 @@ def test_warm_up_leaves_no_metadata_behind() -> None:
     made.warm_up()
     with pytest.raises(RuntimeError, match="there is no metadata yet"):
         made.metadata  # noqa: B018
-    assert {batch for batch, _ in made._group._schedules._steps} == {1, 32, 64, 70}
+    assert {batch for batch, _ in made._group._schedules.steps} == {1, 32, 64, 70}
     made.warm_up([5], dtype=torch.int64)
-    assert (5, None) in made._group._schedules._steps
+    assert (5, None) in made._group._schedules.steps
     with pytest.raises(ValueError, match="batch_sizes must be from 0 to"):
         made.warm_up([-1])
 
@@ -363,7 +363,9 @@ def test_warm_up_reaches_every_kernel(build: str, shape: dict[str, Any], monkeyp
 
     def kernel(batch_size: int) -> tuple[Any, ...]:
         planned = made.planned(batch_size)[1]
-        return launch.layout_constants(planned), launch.launch_shape_of([planned], batch_size, made.problem.gpu)
+        return launch.layout_constants(planned), launch.launch_shape(
+            batch_size, *launch.shaped_by([planned], made.problem.gpu)
+        )
 
     warmed = []
     monkeypatch.setattr(made._group, "update", lambda cache_seqlens, **_: warmed.append(cache_seqlens.shape[0]))

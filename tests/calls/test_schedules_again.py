@@ -132,7 +132,7 @@ def test_what_is_known_is_bounded(launched: list[int], monkeypatch: pytest.Monke
         for _ in range(2):
             call(out, cache_seqlens=STORE[i : i + 6])
     assert len(api._kinds) <= 3
-    for known in api._kinds.values():
-        assert len(known._steps) <= 3
+    for _, known in api._kinds.values():
+        assert len(known.steps) <= 3
         assert len(known.again._known) <= 3
         assert len(known._families) <= schedules._MOST_FAMILIES
