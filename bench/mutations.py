@@ -183,8 +183,8 @@ PLAN = (
     Mutation(
         "appended-keys-are-keys",
         f"{_KERNELS}/plan.py",
-        "longest = max(max_seqlen_k + p.max_seqlen_k_new,",
-        "longest = max(max_seqlen_k,",
+        "keys = max_seqlen_k + p.max_seqlen_k_new",
+        "keys = max_seqlen_k",
         "a cache near 2^24 tokens that keys are appended to would be cut off",
         ("tests/calls/test_plan_edges.py::test_appended_keys_count_towards_the_longest_sequence",),
     ),
@@ -635,7 +635,7 @@ ARGUMENTS = (
     Mutation(
         "room-in-out",
         "integration/arguments.py",
-        "or not out.is_contiguous() or out.numel() < size:",
+        "or not out.is_contiguous() or out.shape[0] < size:",
         "or not out.is_contiguous():",
         "metadata would be written past the end of a buffer",
         ("tests/calls/test_errors.py::test_raises_and_writes_nothing",),

@@ -74,7 +74,7 @@ def costs_of(problem: Problem, kernel: tuple[int, int, int, int, int], num_sms: 
 
 def costs_from(table: Table, kernel: tuple[int, ...], num_sms: int, batch_invariant: bool = False) -> Costs:
     """The same by the constants of a table."""
-    found = next((one for one in table["kernels"] if tuple(one["kernel"]) == kernel), None) or _scaled(table, kernel)
+    found = kernel_constants(table, kernel)
     alone, tile, per_split, full = _in_blocks(table, found, block_bytes(kernel), max(num_sms, 1))
     tile = min(tile, MOST_COST)
     block = _cubic(min(max(alone, LEAST_ALONE), MOST_ALONE), table["softness"])
@@ -104,6 +104,11 @@ def block_bytes(kernel: tuple[int, ...]) -> int:
     """Bytes of K and V in a key block."""
     element_size, headdim, headdim_v, _, block_n = kernel
     return block_n * (headdim + headdim_v) * element_size
+
+
+def kernel_constants(table: Table, kernel: tuple[int, ...]) -> Table:
+    """alone_us and tile_us of a kernel: measured, else scaled."""
+    return next((one for one in table["kernels"] if tuple(one["kernel"]) == kernel), None) or _scaled(table, kernel)
 
 
 def _scaled(table: Table, kernel: tuple[int, ...]) -> Table:

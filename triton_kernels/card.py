@@ -11,6 +11,7 @@ from typing import Any
 DATASHEETS = {
     "NVIDIA H200": 4800, "NVIDIA H100 80GB HBM3": 3350, "NVIDIA H100 PCIe": 2039, "NVIDIA H100 NVL": 3938,
     "NVIDIA H800": 3350, "NVIDIA H20": 4000, "NVIDIA GH200 480GB": 4000, "NVIDIA GH200 144G HBM3e": 4900,
+    "NVIDIA A100-SXM4-80GB": 2039, "NVIDIA A10": 600, "NVIDIA L40S": 864, "NVIDIA GeForce RTX 4090": 1008,
 }  # fmt: skip
 _CLOCK_KHZ, _BUS_BITS = 36, 37  # of a device's memory: CUdevice_attribute
 _LEAST_GB_S, _MOST_GB_S = 10, 100_000  # of an answer that is believed

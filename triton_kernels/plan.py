@@ -128,8 +128,9 @@ def make_plan(problem: Problem, rules: FA3Rules) -> LaunchPlan:
     )
     # Only a forward that is told the bound has room for ours; another one has room for FA3's.
     own_bound = balanced and p.forward_is_told and "num_splits" not in rules.forward_lacks
+    why_num_splits: Why = ("given",)
     if p.num_splits:
-        num_splits, why_num_splits = p.num_splits, ("given",)
+        num_splits = p.num_splits
     else:
         keys_read = _keys_read(p, block_m, is_local, window)
         bound = (keys_read, num_sms, block_m, block_n, is_causal or is_local)  # what FA3 finds it by

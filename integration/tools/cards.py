@@ -1,16 +1,13 @@
-"""GPUs that FA3 runs on: what the command line knows of one that is not in this machine, and what its kernels cost."""
+"""GPUs that FA3 runs on: what the command line knows of one that is not in this machine, and what a layer costs."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass
 
-from ..triton_kernels.balance import block_bytes
+from ..triton_kernels.balance import constants_of, kernel_constants
 from ..triton_kernels.card import DATASHEETS
-
-# (element size, head dim, head dim of v, kBlockM, kBlockN), head dims as compiled
-Kernel = tuple[int, int, int, int, int]
+from ..triton_kernels.tables import Table
 
 
 @dataclass(frozen=True)
@@ -27,22 +24,22 @@ class Card:
         return self.name.removeprefix("NVIDIA ").removeprefix("GeForce ").removesuffix(" 80GB HBM3")
 
 
-def _hopper(name: str, num_sms: int) -> Card:
-    return Card(name, 90, num_sms, DATASHEETS[name])
+def _card(name: str, num_sms: int, arch: int = 90) -> Card:
+    return Card(name, arch, num_sms, DATASHEETS[name])
 
 
 CARDS = {
-    "h200": _hopper("NVIDIA H200", 132),
-    "h100": _hopper("NVIDIA H100 80GB HBM3", 132),
-    "h100-nvl": _hopper("NVIDIA H100 NVL", 132),
-    "h100-pcie": _hopper("NVIDIA H100 PCIe", 114),
-    "h800": _hopper("NVIDIA H800", 132),
-    "h20": _hopper("NVIDIA H20", 78),
-    "gh200": _hopper("NVIDIA GH200 480GB", 132),
-    "a100": Card("NVIDIA A100-SXM4-80GB", 80, 108, 2039),
-    "a10": Card("NVIDIA A10", 86, 72, 600),
-    "l40s": Card("NVIDIA L40S", 89, 142, 864),
-    "rtx-4090": Card("NVIDIA GeForce RTX 4090", 89, 128, 1008),
+    "h200": _card("NVIDIA H200", 132),
+    "h100": _card("NVIDIA H100 80GB HBM3", 132),
+    "h100-nvl": _card("NVIDIA H100 NVL", 132),
+    "h100-pcie": _card("NVIDIA H100 PCIe", 114),
+    "h800": _card("NVIDIA H800", 132),
+    "h20": _card("NVIDIA H20", 78),
+    "gh200": _card("NVIDIA GH200 480GB", 132),
+    "a100": _card("NVIDIA A100-SXM4-80GB", 108, 80),
+    "a10": _card("NVIDIA A10", 72, 86),
+    "l40s": _card("NVIDIA L40S", 142, 89),
+    "rtx-4090": _card("NVIDIA GeForce RTX 4090", 128, 89),
 }
 
 
@@ -57,74 +54,52 @@ def find_card(text: str) -> Card:
 
 @dataclass(frozen=True)
 class CardCosts:
-    """What a layer's attention costs on a card, in us unless said otherwise: the constants of simulator.py's law.
+    """What a layer's attention costs on a card, in us unless said otherwise.
 
-    All but those of `kernels` are the card's, whatever the kernel.
+    What a tile takes on an SM follows the law of policy "balanced" with its constants (triton_kernels/balance.py); what
+    is added here is the same for many schedules of a batch, so that a policy need not know it.
     """
 
-    measured_on: str  # the GPU whose constants these are
-    num_sms: int
-    bandwidth_gb_s: float
-    softness: float  # p of the law
+    table: Table  # the constants of the law
     launch: float  # of a layer, whatever it has to do
     combine: float  # of the combine kernel, which runs where the bound on splits is above one
-    split: float  # of it, for each split of the sequence with the most
     partial: float  # for each MB of partial outputs
     rows: float  # for each thousand output rows
     bound: float  # for each doubling of the forward's num_splits above 32
-    kernels: tuple[tuple[Kernel, float, float], ...]  # us of a key block on an SM alone; of starting and ending a tile
 
-    def of_kernel(self, kernel: Kernel) -> tuple[float, float]:
-        """(alone, tile) of a kernel: measured, else of one that reads the same, else by the bytes of a block."""
-        exact = next((one for one in self.kernels if one[0] == kernel), None)
-        if exact is not None:
-            return exact[1:]
-        tile = sum(one[2] for one in self.kernels) / len(self.kernels)
-        alike = next((one for one in self.kernels if one[0][:3] + one[0][4:] == kernel[:3] + kernel[4:]), None)
-        if alike is not None:
-            return alike[1], tile
-        # A block of few bytes still takes its round of waiting: a line through the measured kernels.
-        sizes = [block_bytes(one[0]) for one in self.kernels]
-        times = [one[1] for one in self.kernels]
-        mean, middle = sum(sizes) / len(sizes), sum(times) / len(times)
-        spread = sum((size - mean) ** 2 for size in sizes)
-        slope = sum((s - mean) * (t - middle) for s, t in zip(sizes, times, strict=True)) / spread if spread else 0.0
-        return max(middle + slope * (block_bytes(kernel) - mean), 0.2 * middle), tile
+    @property
+    def measured_on(self) -> str:
+        """The GPU whose constants these are, scaled for another by its memory's bandwidth."""
+        return str(self.table["gpu"])
 
+    @property
+    def bandwidth_gb_s(self) -> float:
+        return float(self.table["bandwidth_gb_s"])
 
-# Fitted to the recorded sweeps of each card, to those workloads of the suite that are not held out.
-_H200 = CardCosts(
-    measured_on="NVIDIA H200", num_sms=132, bandwidth_gb_s=4862, softness=2.619, launch=5.111, combine=1.009,
-    split=0.0924, partial=0.108, rows=0.272, bound=0.0,
-    kernels=(
-        ((2, 128, 128, 64, 128), 1.068, 1.40), ((2, 64, 64, 64, 192), 1.105, 1.20),
-        ((2, 256, 256, 128, 80), 1.718, 1.35), ((2, 64, 512, 64, 64), 1.637, 1.62),
-        ((1, 128, 128, 64, 96), 0.795, 0.85),
-    ),
-)  # fmt: skip
-_H100 = CardCosts(
-    measured_on="NVIDIA H100 80GB HBM3", num_sms=132, bandwidth_gb_s=3110, softness=3.034, launch=5.542, combine=1.039,
-    split=0.0853, partial=0.392, rows=0.0, bound=0.557,
-    kernels=(
-        ((2, 128, 128, 64, 128), 1.011, 1.20), ((2, 64, 64, 64, 192), 1.070, 1.20),
-        ((2, 256, 256, 128, 80), 1.408, 1.23), ((2, 64, 512, 64, 64), 1.604, 1.20),
-        ((1, 128, 128, 64, 96), 0.756, 1.04),
-    ),
-)  # fmt: skip
-_MEASURED = {"NVIDIA H200": _H200, "NVIDIA H100 80GB HBM3": _H100}
+    @property
+    def softness(self) -> float:
+        """p of the law."""
+        return float(self.table["softness"])
+
+    @property
+    def split(self) -> float:
+        """Of the combine kernel, for each split of the sequence with the most."""
+        return float(self.table["split_us"])
+
+    def of_kernel(self, kernel: tuple[int, ...]) -> tuple[float, float]:
+        """(alone, tile) of a kernel, measured or scaled: a key block on an SM alone; starting and ending a tile."""
+        found = kernel_constants(self.table, kernel)
+        return found["alone_us"], found["tile_us"]
 
 
-@lru_cache(maxsize=64)
+# Fitted to the recorded sweeps of each card, those workloads of the suite that are not held out, beside the law.
+_AROUND_THE_TILES = {
+    "NVIDIA H200": {"launch": 5.064, "combine": 0.959, "partial": 0.0, "rows": 0.595, "bound": 0.271},
+    "NVIDIA H100 80GB HBM3": {"launch": 5.753, "combine": 0.976, "partial": 0.067, "rows": 0.393, "bound": 0.169},
+}
+
+
 def costs_of_card(gpu: str) -> CardCosts:
-    """The costs on a GPU, by the name that torch gives it.
-
-    One that was not measured gets an H200's constants, with its own bandwidth and SMs where its datasheet is known:
-    the constants of one Hopper card were seen to serve another that way.
-    """
-    if gpu in _MEASURED:
-        return _MEASURED[gpu]
-    card = next((one for one in CARDS.values() if one.name == gpu), None)
-    if card is None:
-        return _H200
-    share = card.peak_gb_s / CARDS["h200"].peak_gb_s
-    return replace(_H200, num_sms=card.num_sms, bandwidth_gb_s=_H200.bandwidth_gb_s * share)
+    """The costs on a GPU, by the name that torch gives it; one that was not measured gets an H200's, scaled."""
+    table = constants_of(gpu)
+    return CardCosts(table, **_AROUND_THE_TILES.get(table["gpu"], _AROUND_THE_TILES["NVIDIA H200"]))

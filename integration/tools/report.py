@@ -216,7 +216,8 @@ def _costs(s: Simulation) -> dict[str, Any]:
     """The constants that a prediction goes by."""
     kernel = kernel_of(s.problem, s.plan)
     alone, tile = s.costs.of_kernel(kernel)
-    constants = {name: value for name, value in asdict(s.costs).items() if name != "kernels"}
+    names = ("measured_on", "bandwidth_gb_s", "softness", "launch", "combine", "split", "partial", "rows", "bound")
+    constants = {name: getattr(s.costs, name) for name in names}
     return constants | {"kernel": list(kernel), "alone": alone, "tile": tile}
 
 

@@ -4,11 +4,12 @@ FA3 starts one block of threads an SM. Each takes the next work tile of a list, 
 of one sequence, until there is none left (VarlenDynamicPersistentTileScheduler in hopper/tile_scheduler.hpp; which key
 blocks a tile reads: BlockMN in hopper/block.h). `tiles_of` writes that list, `simulate` plays it onto the SMs.
 
-The law of its time, fitted to an H100 and an H200: all SMs at work advance alike, since what they share is the memory.
-While a of n SMs work, a key block takes (alone^p + (shared a / n)^p)^(1/p), with shared = bytes of a block * n /
-bandwidth. A tile costs as much as some more blocks. A layer costs `launch`; where the bound on splits is above one, the
-combine kernel costs its own, more for each split of the sequence with the most, each MB of partial outputs, each
-thousand output rows, and each doubling of the forward's num_splits above 32. `costs_of_card` has the constants.
+The law of its time is that of policy "balanced", with its constants (triton_kernels/balance.py), but every tile is
+played: all SMs at work advance alike, since what they share is the memory. While a of n SMs work, a key block takes
+(alone^p + (shared a / n)^p)^(1/p), with shared = bytes of a block * n / bandwidth. A tile costs as much as some more
+blocks. A layer costs `launch`; where the bound on splits is above one, the combine kernel costs its own, more for each
+split of the sequence with the most, each MB of partial outputs, each thousand output rows, and each doubling of the
+forward's num_splits above 32. `costs_of_card` has the constants.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from ..triton_kernels.balance import block_bytes
 from ..triton_kernels.plan import LaunchPlan
 from ..triton_kernels.problem import Problem
 from ..triton_kernels.reference import Lengths, reference_metadata, sequence_lengths
-from .cards import CardCosts, Kernel, costs_of_card
+from .cards import CardCosts, costs_of_card
 
 Ints = NDArray[np.int32]
 Floats = NDArray[np.float64]
@@ -252,8 +253,8 @@ def simulate(
     )  # fmt: skip
 
 
-def kernel_of(problem: Problem, plan: LaunchPlan) -> Kernel:
-    """The compiled kernel that serves a call."""
+def kernel_of(problem: Problem, plan: LaunchPlan) -> tuple[int, int, int, int, int]:
+    """The compiled kernel that serves a call: (element size, head dim, head dim of v, kBlockM, kBlockN)."""
     d, dv = (
         next(size for size in _COMPILED_HEADDIMS if one <= size) for one in (problem.headdim, problem.value_headdim)
     )

@@ -19,7 +19,7 @@ from fa3_metadata.tools.simulator import (
     simulate,
     tiles_of,
 )
-from fa3_metadata.triton_kernels.balance import block_bytes
+from fa3_metadata.triton_kernels.balance import block_bytes, constants_of
 from fa3_metadata.triton_kernels.plan import LaunchPlan, make_plan
 from fa3_metadata.triton_kernels.problem import Problem
 from fa3_metadata.triton_kernels.reference import Lengths, blocks_read
@@ -211,13 +211,24 @@ def test_cards() -> None:
         find_card("h300")
     h200, h20 = costs_of_card("NVIDIA H200"), costs_of_card(CARDS["h20"].name)
     assert h20.bandwidth_gb_s == pytest.approx(h200.bandwidth_gb_s * 4000 / 4800)
-    assert (h20.num_sms, h20.measured_on) == (78, "NVIDIA H200")
-    assert costs_of_card("a GPU of the future") is h200
+    assert h20.measured_on == "NVIDIA H200"
+    assert costs_of_card("a GPU of the future") == h200
+    assert costs_of_card(CARDS["a100"].name).bandwidth_gb_s == pytest.approx(h200.bandwidth_gb_s * 2039 / 4800)
+
+
+@pytest.mark.parametrize("gpu", ["h100", "h200"])
+def test_it_goes_by_the_constants_that_schedules_are_chosen_by(gpu: str) -> None:
+    name = CARDS[gpu].name
+    problem, plan, lengths = asked([1000, 70_000])
+    s = simulate(replace(problem, gpu=name), plan, lengths)
+    table, kernel = constants_of(name), kernel_of(s.problem, s.plan)
+    measured = next(one for one in table["kernels"] if tuple(one["kernel"]) == kernel)
+    assert s.costs.of_kernel(kernel) == (measured["alone_us"], measured["tile_us"])
+    assert (s.costs.bandwidth_gb_s, s.costs.softness) == (table["bandwidth_gb_s"], table["softness"])
+    assert (s.costs.split, s.costs.measured_on) == (table["split_us"], name)
 
 
 def test_a_kernel_that_was_not_measured() -> None:
     costs = costs_of_card("NVIDIA H200")
-    measured = costs.of_kernel((2, 128, 128, 64, 128))
-    assert costs.of_kernel((2, 128, 128, 128, 128))[0] == measured[0], "reads the same"
     small, large = (costs.of_kernel((2, 96, 96, 192, block_n))[0] for block_n in (64, 144))
     assert 0 < small < large < 3
