@@ -887,7 +887,7 @@ SCHEDULES = (
         "if family.latest is None or family.latest[0] != self.batch_size:",
         "if family.latest is None:",
         "a batch would be launched as another one, whose lengths are not there",
-        (_AGAIN, _PLANS),
+        (_AGAIN,),
     ),
     Mutation(
         "families-of-one-batch-size",
@@ -898,20 +898,12 @@ SCHEDULES = (
         ("tests/builds/test_bounds.py", _AGAIN, _PLANS),
     ),
     Mutation(
-        "problems-of-one-length",
-        "integration/schedules.py",
-        "plan = plan_like(plan, problem, self.batch_size, longest)",
-        "plan = plan_like(plan, problem, self.batch_size, problem.max_seqlen_k)",
-        "the report and the NumPy model would speak of another cache",
-        (_AGAIN, _PLANS, "tests/calls/test_api.py"),
-    ),
-    Mutation(
         "recorded-launches",
         "integration/schedules.py",
         "        if trace.is_on():  # which sees launches that are made the long way\n            return None\n",
         "",
         "a trace would miss the steps of an engine, whose buffers stay where they are",
-        ("tests/tools/test_trace.py",),
+        (_AGAIN,),
     ),
     Mutation(
         "a-launch-that-could-not",

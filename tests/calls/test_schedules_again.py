@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import fa3_metadata
 import pytest
 import torch
-from fa3_metadata import api, schedules
+from fa3_metadata import api, schedules, trace
 from fa3_metadata.schedules import Step
+from fa3_metadata.triton_kernels.reference import reference_metadata
 
 STORE = torch.arange(1, 41, dtype=torch.int32) * 200
 GOOD: dict[str, Any] = {
@@ -121,6 +123,23 @@ def test_a_launch_that_could_not_is_made_the_long_way(launched: list[int], monke
     assert torch.equal(made, fa3_metadata.get_scheduler_metadata(**GOOD))
 
 
+def test_while_steps_are_recorded_every_launch_goes_the_long_way(
+    launched: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    out = torch.empty(60, dtype=torch.int32)
+    for _ in range(4):
+        call(out)
+    assert launched == [6]
+    trace.start(tmp_path / "steps.trace")
+    for _ in range(3):
+        call(out)
+    trace.stop()
+    assert launched == [6]
+    assert len(list(trace.read(tmp_path / "steps.trace"))) == 3
+    call(out)
+    assert launched == [6, 6]
+
+
 def test_what_is_known_is_bounded(launched: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api, "_MOST_KINDS", 3)
     for name in ("_MOST_STEPS", "_MOST_AGAIN"):
@@ -136,3 +155,34 @@ def test_what_is_known_is_bounded(launched: list[int], monkeypatch: pytest.Monke
         assert len(known.steps) <= 3
         assert len(known.again._known) <= 3
         assert len(known._families) <= schedules._MOST_FAMILIES
+
+
+@pytest.mark.parametrize("window", [(-1, -1), (4095, 0)], ids=["full", "window"])
+@pytest.mark.parametrize("build", ["sglang-kernel-0.4.2", "sglang-kernel-0.4.5", "vllm-0.33.0"])
+def test_sizes_in_any_order_are_as_if_each_came_alone(build: str, window: tuple[int, int]) -> None:
+    """Sizes that share a launch, and such that differ in splits, mask or the length of the sort's keys."""
+    api._kinds.clear()
+    schedules._schedules_of.cache_clear()
+    sizes = [
+        (3, 65536),
+        (4, 65536),
+        (4, 2048),
+        (300, 2048),
+        (4, 65536),
+        (140, 2**25),
+        (7, 65536),
+        (1001, 65536),
+        (2, 64),
+    ]
+    generator = torch.Generator().manual_seed(0)
+    for batch_size, longest in [*sizes, *sizes[::-1]]:
+        lengths = torch.randint(0, longest + 1, (batch_size,), generator=generator, dtype=torch.int32)
+        asked = {
+            "batch_size": batch_size, "max_seqlen_q": 1, "max_seqlen_k": longest, "num_heads": 8, "num_heads_k": 1,
+            "headdim": 128, "cache_seqlens": lengths, "causal": True, "window_size": window, "build": build,
+        }  # fmt: skip
+        tensors, problem, _, plan = api.plan_call(asked)
+        assert tensors is not None
+        right = reference_metadata(problem, plan, schedules.host_lengths(tensors))
+        made = fa3_metadata.get_scheduler_metadata(**asked, backend="triton")
+        assert made.tolist() == right.tolist(), (batch_size, longest)
