@@ -928,7 +928,7 @@ SCHEDULES = (
             "return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype",
             after,
             f"lengths at the same address with another {name} would be read as those before",
-            (_AGAIN,),
+            (_AGAIN, _PLANS),
         )
         for name, after in (
             ("place", "return 0, tensor.shape, tensor.stride(), tensor.dtype"),
