@@ -43,7 +43,7 @@ from fa3_metadata.triton_kernels.plan import make_plan
 from fa3_metadata.triton_kernels.reference import Lengths, blocks_read, metadata_of_splits, sequence_blocks
 
 from .decode_step import why_not
-from .workloads import RANDOM_SUITE, SUITE, Workload
+from .workloads import RANDOM_SUITE, SUITE, Workload, sizes_to_try
 
 PAGE, LAYERS = 64, 32
 POOL_BYTES = 600 << 20  # of KV between two readings of the same: well over L2
@@ -138,7 +138,7 @@ def uniform_variants(layers: Layers, w: Workload) -> dict[str, dict[str, Any]]:
     row_bytes = len(w.lengths) * w.seqlen_q * w.num_heads * (problem.value_headdim + 1) * 4
     found: dict[str, dict[str, Any]] = {}
     seen = set()
-    for size in _sizes(int(blocks.max()), plan.num_heads * int((num_m_blocks * blocks).sum()) / plan.num_sms):
+    for size in sizes_to_try(int(blocks.max()), plan.num_heads * int((num_m_blocks * blocks).sum()) / plan.num_sms):
         splits = np.maximum(-(-blocks // size), 1)
         splits = np.maximum(-(-blocks // np.maximum(-(-blocks // splits), 1)), 1).astype(np.int32)
         most = int(splits.max())
@@ -152,14 +152,6 @@ def uniform_variants(layers: Layers, w: Workload) -> dict[str, dict[str, Any]]:
             "scheduler_metadata": torch.from_numpy(metadata).cuda(), "num_splits": bound, "pack_gqa": one.pack_gqa
         }  # fmt: skip
     return found
-
-
-def _sizes(longest: int, load: float) -> list[int]:
-    """Key blocks per split: everything from 1 to the longest sequence in small steps, finer near an SM's load."""
-    sizes = {round(size) for size in np.geomspace(1, longest, 18)}
-    sizes |= {-(-longest // parts) for parts in range(1, 9)}
-    sizes |= {math.ceil(load * share) for share in (0.25, 0.35, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 3)}
-    return sorted(min(max(size, 1), longest) for size in sizes)
 
 
 def measure(

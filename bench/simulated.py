@@ -2,10 +2,14 @@
 
     python -m bench simulated                     # the sweeps kept here, of each card
     python -m bench simulated schedules.csv --gpu h100
+    python -m bench simulated --choices           # what policy "balanced" chooses beside what is simulated to be best
 
 The sweeps are those of `python -m bench schedules --csv`: FA3's schedule, and every number of key blocks a split worth
 trying, for each workload of the suite. Said for each card: how the ranks of predicted and measured times go together
 (Spearman), over all schedules and within a workload, and by how much a prediction is off.
+
+The launch searches a few sizes by a closed form of the law that the simulator plays tile by tile. `--choices` says what
+that costs, in simulated time: over the suite and the random one, on each card, and on parts of its SMs.
 """
 
 from __future__ import annotations
@@ -27,8 +31,9 @@ from fa3_metadata.triton_kernels.builds import FA3Rules
 from fa3_metadata.triton_kernels.plan import LaunchPlan, make_plan
 from fa3_metadata.triton_kernels.problem import Problem
 from fa3_metadata.triton_kernels.reference import Lengths, blocks_read, metadata_of_splits, sequence_blocks
+from numpy.typing import NDArray
 
-from .workloads import SUITE
+from .workloads import RANDOM_SUITE, SUITE, Workload, sizes_to_try
 
 PAGE, BUILD = 64, "sglang-kernel-0.4.2"
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -59,6 +64,10 @@ def _problem_of(name: str, gpu: str) -> tuple[Problem, FA3Rules, Lengths]:
     w = next((one for one in SUITE if one.name == name), None)
     if w is None:
         raise ValueError(f"there is no workload {name!r}")
+    return _problem(w, gpu)
+
+
+def _problem(w: Workload, gpu: str) -> tuple[Problem, FA3Rules, Lengths]:
     call = {
         "batch_size": len(w.lengths), "max_seqlen_q": w.seqlen_q,
         "max_seqlen_k": max(max(1, -(-n // PAGE)) for n in w.lengths) * PAGE, "num_heads": w.num_heads,
@@ -131,11 +140,52 @@ def report(gpu: str, found: list[Point]) -> list[str]:
     return lines
 
 
+def choice(w: Workload, gpu: str, num_sms: int) -> tuple[float, float, float]:
+    """Simulated us of FA3's schedule, of that which policy "balanced" chooses, and of the best uniform size."""
+    asked, rules, lengths = _problem(w, gpu)
+    asked = replace(asked, num_sms=num_sms)
+    fa3 = simulate(asked, make_plan(asked, rules), lengths).time_us
+    problem = replace(asked, policy="balanced")
+    plan = make_plan(problem, rules)
+    ours = simulate(problem, plan, lengths).time_us
+    blocks = blocks_read(problem, plan, lengths)
+    _, num_m_blocks, _ = sequence_blocks(problem, plan, lengths)
+    load = plan.num_heads * int((num_m_blocks * blocks).sum()) / num_sms
+    fits = [size for size in sizes_to_try(int(blocks.max()), load) if -(-int(blocks.max()) // size) <= plan.num_splits]
+    times = [simulate(problem, plan, lengths, _of_size(problem, plan, lengths, size)).time_us for size in fits]
+    return fa3, ours, min([*times, ours])
+
+
+def choices(gpu: str, num_sms: int) -> list[str]:
+    """What the closed form loses to the law played out, in batches of up to 992 sequences."""
+    lines = []
+    for name, suite in {"the suite": SUITE, "the random suite": RANDOM_SUITE}.items():
+        some = [w for w in suite if len(w.lengths) <= 992]
+        fa3, ours, best = np.array([choice(w, gpu, num_sms) for w in some]).T
+        worst = int((ours / best).argmax())
+        lines.append(
+            f"{gpu} {num_sms:4d} SMs  {name:16s} {len(some):3d}   {_mean(fa3 / ours):.3f} x FA3's metadata, least "
+            f"{(fa3 / ours).min():.3f}; {_mean(ours / best) - 1:.2%} over the best size, within 3 % of it "
+            f"{(ours <= 1.03 * best).sum()}, worst {ours[worst] / best[worst] - 1:+.1%} ({some[worst].name})"
+        )
+    return lines
+
+
+def _mean(ratios: NDArray[np.float64]) -> float:
+    """Geometric."""
+    return float(np.exp(np.log(ratios).mean()))
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench simulated", description="the simulator against times")
     parser.add_argument("csv", type=pathlib.Path, nargs="?", help="a sweep of `schedules --csv`; default: those kept")
     parser.add_argument("--gpu", help="the card that it was measured on, such as h100")
+    parser.add_argument("--choices", action="store_true", help='what policy "balanced" chooses, beside the best')
     options = parser.parse_args(argv)
+    if options.choices:
+        for gpu, num_sms in (("h100", 132), ("h100", 114), ("h100", 78), ("h200", 132), ("h20", 78)):
+            print(*choices(gpu, num_sms), sep="\n", flush=True)
+        return 0
     if (options.csv is None) != (options.gpu is None):
         parser.error("give a sweep and --gpu, or neither")
     try:

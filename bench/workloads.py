@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -162,3 +163,11 @@ def _random_lengths(rng: np.random.Generator, batch: int, mean: int) -> tuple[st
 
 
 RANDOM_SUITE = random_suite(40, 20261125)
+
+
+def sizes_to_try(longest: int, load: float) -> list[int]:
+    """Key blocks per split: everything from 1 to the longest sequence in small steps, finer near an SM's load."""
+    sizes = {round(size) for size in np.geomspace(1, longest, 18)}
+    sizes |= {-(-longest // parts) for parts in range(1, 9)}
+    sizes |= {math.ceil(load * share) for share in (0.25, 0.35, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 3)}
+    return sorted(min(max(size, 1), longest) for size in sizes)
