@@ -46,6 +46,9 @@ LEAST_ALONE, MOST_ALONE, MOST_COST = 2.0**-6, 2.0**10, 2.0**16
 _LEAST_NUMBER, _MOST_NUMBER = 1e-12, 1e12  # of a table, so that no quotient overflows
 _MAX_SPLITS = 128  # what FA3's heuristic allows, too
 _MIN_COMBINE_SPLITS = 32  # the combine kernel costs the same up to here
+# What it costs at least, in per_split, and each output row: on both cards 1 us, 0.4 to 0.6 for a thousand rows; and a
+# quarter of a us more, since what is predicted to be as fast may be slower.
+_COMBINE_IN_SPLITS, _ROW_IN_SPLITS = 13.0, 0.005
 _LEAST_INVARIANT, _MOST_INVARIANT = 4, 8  # key blocks: by the law the best over many batches, whatever the kernel
 
 
@@ -129,7 +132,9 @@ def _invariant_blocks(tile: float) -> int:
     return max(_LEAST_INVARIANT, min(round(8 * tile), _MOST_INVARIANT))
 
 
-def balanced_num_splits(problem: Problem, tiles_of_a_sequence: int, num_n_blocks: int, num_sms: int, fa3: int) -> int:
+def balanced_num_splits(
+    problem: Problem, costs: Costs, tiles_of_a_sequence: int, num_n_blocks: int, num_sms: int, fa3: int
+) -> int:
     """The bound on splits, from static facts alone; `fa3` is what FA3's heuristic says."""
     tiles = max(1, tiles_of_a_sequence)
     # Splits that let the longest sequence fill the SMs; the combine kernel's cost rises at powers of two.
@@ -139,12 +144,24 @@ def balanced_num_splits(problem: Problem, tiles_of_a_sequence: int, num_n_blocks
     useful = min(useful, _MAX_SPLITS, max(num_n_blocks, 1))
     if problem.batch_invariant:  # the bound, too, must not depend on the batch
         return useful
-    few = problem.batch_size * tiles * 3 <= 2 * num_sms
-    if fa3 == 1 and not few:
-        return 1  # a single split needs no combine kernel
     rows = problem.batch_size * problem.max_seqlen_q * problem.num_heads
+    if fa3 == 1 and not _pays(costs, problem.batch_size * tiles, num_n_blocks, num_sms, rows):
+        return 1  # a single split needs no combine kernel
     row_bytes = 4 * (problem.value_headdim + 1)  # the partial output and its log-sum-exp, in float32
     return max(1, min(useful, problem.max_partial_bytes // max(1, rows * row_bytes)))
+
+
+def _pays(costs: Costs, tiles: int, num_n_blocks: int, num_sms: int, rows: int) -> bool:
+    """Whether splitting gains more than the combine kernel costs, where all sequences have as many key blocks."""
+
+    def time(splits: int) -> float:
+        share = tiles * splits / num_sms
+        block = sum(factor * share**power for power, factor in enumerate(costs.block))
+        return (-(-num_n_blocks // splits) + costs.tile) * block
+
+    splits = range(2, min(num_n_blocks, num_sms // max(tiles, 1)) + 1)
+    combine = _COMBINE_IN_SPLITS + rows * _ROW_IN_SPLITS
+    return any(time(some) + costs.per_split * (some + combine) < time(1) for some in splits)
 
 
 @lru_cache(maxsize=64)

@@ -137,7 +137,8 @@ def make_plan(problem: Problem, rules: FA3Rules) -> LaunchPlan:
         if own_bound:
             tiles = p.num_heads_k * _num_blocks(query_rows, block_m)
             fa3, _ = _resolve_num_splits(p, p.max_seqlen_k, tiles, *bound)
-            num_splits = balanced_num_splits(p, tiles, -(-keys_read // block_n), num_sms, fa3)
+            costs = costs_of(p, _compiled_kernel(p, block_m, block_n), num_sms)
+            num_splits = balanced_num_splits(p, costs, tiles, -(-keys_read // block_n), num_sms, fa3)
             why_num_splits = ("what may pay, within max_partial_bytes",)
         else:
             num_splits, why_num_splits = _resolve_num_splits(p, p.max_seqlen_k, tiles_counted, *bound)

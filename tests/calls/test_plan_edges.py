@@ -39,14 +39,26 @@ def test_which_batches_are_searched(batch_size: int, more: dict[str, Any], searc
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "more", "splits"),
-    [(88, {}, True), (89, {}, False), (44, {"num_heads_k": 2}, True), (45, {"num_heads_k": 2}, False)],
+    ("batch_size", "keys", "more", "splits"),
+    [
+        (1, 512, {}, True),
+        (44, 512, {}, True),
+        (45, 512, {}, False),  # what two splits gain, the combine kernel takes
+        (22, 512, {"num_heads_k": 2}, True),
+        (23, 512, {"num_heads_k": 2}, False),
+        (30, 512, {"gpu": "NVIDIA H100 80GB HBM3"}, True),  # of less bandwidth to share
+        (31, 512, {"gpu": "NVIDIA H100 80GB HBM3"}, False),
+        (1, 512, {"headdim": 64}, True),
+        (1, 384, {"headdim": 64}, False),  # two blocks of 192 keys
+        (1, 128, {}, False),
+        (1, 65536, {"window_size": (127, 0), "causal": True}, False),
+    ],
 )
-def test_short_contexts_are_split_while_a_third_of_the_sms_is_idle(
-    batch_size: int, more: dict[str, Any], splits: bool
+def test_few_key_blocks_are_split_where_that_pays_for_the_combine_kernel(
+    batch_size: int, keys: int, more: dict[str, Any], splits: bool
 ) -> None:
-    """FA3 splits nothing of four key blocks or fewer. 88 tiles are two thirds of 132 SMs."""
-    short = DECODE | {"max_seqlen_k": 512} | more
+    """FA3 splits nothing of four key blocks or fewer."""
+    short = DECODE | {"max_seqlen_k": keys} | more
     assert make_plan(Problem(batch_size, **short), SGLANG).num_splits == 1
     assert (plan_of(batch_size, **short).num_splits > 1) == splits
 
