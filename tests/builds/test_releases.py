@@ -17,7 +17,7 @@ from bench.wheel_recordings import Recordings
 from .test_wheel_rules import not_recorded
 
 ROOT = pathlib.Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("integration/**/*.md"), *ROOT.glob("triton_kernels/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 NAMED = re.compile(
     r"\b(sglang-kernel|sgl-kernel|fa3-fwd|flash-attn-3)[ -](\d+\.\d+\.\d+(?:\.post\d+)?)(?: to (\d[\w.]*\w))?"
 )
@@ -74,7 +74,7 @@ def test_names_are_found_in_text() -> None:
 
 
 def test_adding_a_release(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ADDING_A_RELEASE.md, step by step, for a version that does not exist."""
+    """docs/adding-a-release.md, step by step, for a version that does not exist."""
     version, recorded = "0.4.11", Recordings.load()
     build = f"sglang-kernel-{version}"
     with pytest.raises(ValueError, match="is not supported"):
