@@ -24,7 +24,6 @@ from typing import Any
 import pytest
 import torch
 from fa3_metadata import step, wrap_forward
-from fa3_metadata.engines import sglang as adapter
 from fa3_metadata.engines import sglang_reach
 from fa3_metadata.engines.reach import NONE, THEIRS, coverage_table
 from fa3_metadata.engines.sglang_names import ALL_LAYOUTS, FORWARD, LAYOUTS, SGLangNames
