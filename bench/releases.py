@@ -1,7 +1,7 @@
 """The table of supported builds, from RELEASES and from what was recorded of each: `python -m bench releases`.
 
-With --write the README's is made anew. What the tests compare: this table with the README's, the bounds of the extras
-in pyproject.toml with RELEASES, and the recordings with both.
+With --write the one in docs/builds.md is made anew, and the README's sentence that sums it up. What the tests compare:
+both with these pages, the bounds of the extras in pyproject.toml with RELEASES, and the recordings with both.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fa3_metadata.triton_kernels.builds import RELEASES, Release, version_key
 from .wheel_recordings import Recordings
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-README, GOLDENS = ROOT / "README.md", ROOT / "tests" / "data"
+README, PAGE, GOLDENS = ROOT / "README.md", ROOT / "docs" / "builds.md", ROOT / "tests" / "data"
 BEGIN, END = "<!-- releases: python -m bench releases --write -->", "<!-- end of releases -->"
 EXTRAS = {"sgl": "sglang-kernel", "vllm": "vllm", "flash-attn": "flash-attn-3", "fa3-fwd": "fa3-fwd"}  # of pyproject
 
@@ -32,10 +32,32 @@ def table(releases: tuple[Release, ...] = RELEASES, recordings: Recordings | Non
     return "\n".join(lines)
 
 
+def summary(releases: tuple[Release, ...] = RELEASES, recordings: Recordings | None = None) -> str:
+    """The same in a sentence or two: packages and versions, wheels read, calls recorded."""
+    recordings = recordings or Recordings.load()
+    packages = dict.fromkeys(release.package for release in releases)
+    named = [f"{package} {_range(*bounds(package, releases))}" for package in packages]
+    wheels = sum(len(_read(release, recordings)) for release in releases)
+    cases = [case for release in releases for case in _golden_cases(release)]
+    return (
+        f"{', '.join(named[:-1])} and {named[-1]}.\n"
+        f"{wheels} published wheels were read for it, and {sum(count for _, count in cases):,} calls of the real op "
+        f"of {len(cases)} of them\nare kept with the values that it gave on a Hopper GPU."
+    )
+
+
+def _range(oldest: str, newest: str) -> str:
+    return oldest if oldest == newest else f"{oldest} to {newest}"
+
+
+def _read(release: Release, recordings: Recordings) -> list[str]:
+    """Versions of this release whose wheels were read."""
+    return [version for version in recordings.wheels.get(release.package, {}) if _is_in(release, version)]
+
+
 def _row(release: Release, recordings: Recordings) -> str:
-    ends = [release.oldest] if release.oldest == release.newest else [release.oldest, release.newest]
     found = recordings.wheels.get(release.package, {})
-    read = [version for version in found if _is_in(release, version)]
+    read = _read(release, recordings)
     makers = [version for version in sorted(read, key=version_key) if found[version]["op_schema"] is not None]
     if not read:
         makes, wheels = "yes", "none is published"
@@ -43,7 +65,7 @@ def _row(release: Release, recordings: Recordings) -> str:
         makes = "no" if not makers else "yes" if len(makers) == len(read) else f"from {makers[0]} on"
         wheels = str(len(read))
     cases = [f"{version}: {count:,}" for version, count in _golden_cases(release)]
-    named = f"{release.package} {' to '.join(ends)}"
+    named = f"{release.package} {_range(release.oldest, release.newest)}"
     return f"| {named} | {release.rules.name} | {makes} | {wheels} | {', '.join(cases) or '-'} |"
 
 
@@ -68,8 +90,8 @@ def bounds(package: str, releases: tuple[Release, ...] = RELEASES) -> tuple[str,
     return own[0].oldest, own[-1].newest
 
 
-def with_table(text: str, made: str) -> str:
-    """A Markdown text with the table between BEGIN and END replaced. Raises `ValueError` where they are missing."""
+def with_made(text: str, made: str) -> str:
+    """A Markdown text with what stands between BEGIN and END replaced. Raises `ValueError` where they are missing."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
@@ -79,12 +101,13 @@ def with_table(text: str, made: str) -> str:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench releases", description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="put it into README.md")
+    parser.add_argument("--write", action="store_true", help="put it into docs/builds.md, and its sum into README.md")
     options = parser.parse_args(argv)
     made = table()
     if not options.write:
         print(made)
         return 0
-    README.write_text(with_table(README.read_text(), made))
-    print(f"{README}: {len(RELEASES)} releases", file=sys.stderr)
+    for page, its in ((PAGE, made), (README, summary())):
+        page.write_text(with_made(page.read_text(), its))
+        print(f"{page}: {len(RELEASES)} releases", file=sys.stderr)
     return 0

@@ -1,7 +1,9 @@
 """FlashAttention-3 scheduler metadata, made once a step instead of before every layer.
 
-metadata = fa3_metadata.get_scheduler_metadata(batch_size, 1, max_seqlen_k, 32, 8, 128, cache_seqlens)
-out = flash_attn_with_kvcache(q, k_cache, v_cache, ..., scheduler_metadata=metadata)
+plan = fa3_metadata.MetadataPlan(max_batch_size=256, max_seqlen_k=131072, num_heads=32, num_heads_k=8, headdim=128,
+                                 page_size=64, causal=True, device="cuda")
+plan.update(cache_seqlens)  # once a step
+out = plan.run(flash_attn_with_kvcache, **call)  # in every layer; call: its arguments by name
 """
 
 from typing import TYPE_CHECKING, Any

@@ -147,7 +147,7 @@ def _plugin(engine: str, version: str | None) -> str:
     if version is None:
         return "no engine"
     if version_numbers(version) < _FIRST_WITH_PLUGINS.get(engine, ()):
-        return f"no: {engine} {version} has no plugins; SGLANG.md has the line for the script that starts the server"
+        return f"no: {engine} {version} has no plugins; docs/sglang.md has the line for a script that starts it"
     if not any(found.name == PLUGIN for found in metadata.entry_points(group=group)):
         return "no: fa3-metadata is importable, but not installed with its entry points: pip install it again"
     allowed = os.environ.get(variable)

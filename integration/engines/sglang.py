@@ -1,4 +1,4 @@
-"""SGLang: its FlashAttention-3 backends with our scheduler metadata. SGLANG.md says what is covered.
+"""SGLang: its FlashAttention-3 backends with our scheduler metadata. docs/sglang.md says what is covered.
 
 Three things are done to a backend. The forward that it calls is wrapped (`wrapper.wrap_forward`), so that the layers of
 a captured CUDA graph share metadata that a node of the same graph makes. Its `init_forward_metadata` begins a batch
@@ -281,7 +281,7 @@ def attach_new_backends(
     """`attach` every FlashAttention-3 backend that this process creates from now on. Idempotent.
 
     This is what the plugin does. Backends are created in SGLang's scheduler processes, so without plugins call it where
-    those will run it: at the top level of the script that launches the server (see SGLANG.md). It imports nothing of
+    those will run it: at the top level of the script that launches the server (docs/sglang.md). It imports nothing of
     SGLang: a module is waited for. Returns what undoes it for later backends. A backend that cannot be attached to, one
     that runs FlashAttention 4 for instance, is left alone, with a warning that says why; with `strict` creating it
     raises what `attach` raises. Does nothing where the environment variable FA3_METADATA_DISABLE is set to anything

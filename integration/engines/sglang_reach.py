@@ -1,6 +1,6 @@
 """Which layers of the installed SGLang get our metadata, in full CUDA graphs and run eagerly, and why.
 
-python -m fa3_metadata.engines.sglang_reach    # the table of SGLANG.md, for the installed SGLang
+python -m fa3_metadata.engines.sglang_reach    # the table of docs/sglang.md, for the installed SGLang
 """
 
 from __future__ import annotations

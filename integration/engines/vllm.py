@@ -1,4 +1,4 @@
-"""vLLM: its `get_scheduler_metadata`, made by ours, and `attach`, which makes vLLM call it. VLLM.md says how.
+"""vLLM: its `get_scheduler_metadata`, made by ours, and `attach`, which makes vLLM call it. docs/vllm.md says how.
 
 vLLM's metadata builders make the tensor once a step and hand it to every layer, together with the `num_splits` it
 was made for: there, the function that they call is all there is to replace. Where they make none, the builder is told
@@ -141,7 +141,7 @@ def why_not(
 
 
 def attach(in_place: bool = False, policy: str = "fa3") -> Attached:
-    """Make vLLM's FlashAttention-3 layers use our metadata, in this process: VLLM.md says which get it how.
+    """Make vLLM's FlashAttention-3 layers use our metadata, in this process: docs/vllm.md says which get it how.
 
     To be called in every process that runs attention, before CUDA graphs are captured; modules that vLLM imports later
     get it too. Attaching again returns the same `Attached`. With `in_place`, builders that keep the metadata in a

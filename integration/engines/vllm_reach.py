@@ -1,6 +1,6 @@
 """Which layers of the installed vLLM get our metadata, in full CUDA graphs and run eagerly, and why.
 
-python -m fa3_metadata.engines.vllm_reach    # the table of VLLM.md, for the installed vLLM
+python -m fa3_metadata.engines.vllm_reach    # the table of docs/vllm.md, for the installed vLLM
 """
 
 from __future__ import annotations

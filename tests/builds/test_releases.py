@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import re
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -17,7 +18,7 @@ from bench.wheel_recordings import Recordings
 from .test_wheel_rules import not_recorded
 
 ROOT = pathlib.Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("integration/**/*.md"), *ROOT.glob("triton_kernels/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 NAMED = re.compile(
     r"\b(sglang-kernel|sgl-kernel|fa3-fwd|flash-attn-3)[ -](\d+\.\d+\.\d+(?:\.post\d+)?)(?: to (\d[\w.]*\w))?"
 )
@@ -33,9 +34,23 @@ def extras() -> dict[str, dict[str, str]]:
     return found
 
 
-def test_the_readmes_table_is_the_one_made_of_the_releases() -> None:
-    text = releases.README.read_text()
-    assert releases.with_table(text, releases.table()) == text, "python -m bench releases --write"
+@pytest.mark.parametrize(("page", "make"), [(releases.PAGE, releases.table), (releases.README, releases.summary)])
+def test_pages_say_what_is_made_of_the_releases(page: pathlib.Path, make: Callable[[], str]) -> None:
+    text = page.read_text()
+    assert releases.with_made(text, make()) == text, "python -m bench releases --write"
+
+
+def test_the_summary_adds_up_the_table() -> None:
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in releases.table().splitlines()[2:]]
+    wheels = sum(int(row[3]) for row in rows if row[3].isdigit())
+    cases = [int(count.replace(",", "")) for row in rows for count in re.findall(r": ([\d,]+?)(?:,\s|$)", row[4])]
+    said = releases.summary()
+    assert f"{wheels} published wheels" in said
+    assert f"{sum(cases):,} calls" in said
+    assert f"of {len(cases)} of them" in said
+    for package in {release.package for release in RELEASES}:
+        oldest, newest = releases.bounds(package)
+        assert f"{package} {oldest}{f' to {newest}' if newest != oldest else ''}" in said
 
 
 def test_every_release_has_evidence_in_the_table() -> None:
@@ -74,7 +89,7 @@ def test_names_are_found_in_text() -> None:
 
 
 def test_adding_a_release(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ADDING_A_RELEASE.md, step by step, for a version that does not exist."""
+    """docs/adding-a-release.md, step by step, for a version that does not exist."""
     version, recorded = "0.4.11", Recordings.load()
     build = f"sglang-kernel-{version}"
     with pytest.raises(ValueError, match="is not supported"):
@@ -89,10 +104,11 @@ def test_adding_a_release(monkeypatch: pytest.MonkeyPatch) -> None:
     recorded.wheels["sglang-kernel"] = wheels
     assert not_recorded(widened, recorded) == []
 
-    text = releases.README.read_text()  # step 5
+    text = releases.PAGE.read_text()  # step 5
     made = releases.table(widened, recorded)
     assert f"sglang-kernel 0.4.5 to {version} | sglang-0.4.5 | yes | 8 |" in made
-    assert releases.with_table(text, made) != text, "red until the table is made anew"
+    assert releases.with_made(text, made) != text, "red until the table is made anew"
+    assert f"sglang-kernel 0.4.0 to {version}" in releases.summary(widened, recorded)
     assert releases.bounds("sglang-kernel", widened)[1] not in extras()["sgl"]["sglang-kernel"], "red until it says so"
 
 
@@ -108,4 +124,4 @@ def test_a_release_with_rules_of_its_own() -> None:
 
 def test_a_table_without_its_place_is_refused() -> None:
     with pytest.raises(ValueError, match="there is no"):
-        releases.with_table("# A page", releases.table())
+        releases.with_made("# A page", releases.table())

@@ -32,7 +32,7 @@ from ..helpers.vllm_wheel_builders import check_builders, load
 
 WHEELS_VARIABLE = "FA3_METADATA_WHEELS"
 RECORDED = pathlib.Path(__file__).parents[1] / "data" / "vllm_contract.json"
-PAGE = pathlib.Path(adapter.__file__).with_name("VLLM.md")
+PAGE = pathlib.Path(__file__).parents[2] / "docs" / "vllm.md"
 MODULES = (*dict.fromkeys(module for layout in LAYOUTS for module in layout.attach()), MLA_SPARSE)
 # The first and the last of each range that the adapter knows, and the last before them.
 VERSIONS = ("0.16.0", *(version for layout in reversed(LAYOUTS) for version in layout.versions.split(" to ")))

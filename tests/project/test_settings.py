@@ -13,7 +13,7 @@ from fa3_metadata.settings import PREFIX, VARIABLES, Settings, as_table, problem
 from fa3_metadata.triton_kernels import launch, tables
 
 ROOT = pathlib.Path(__file__).parents[2]
-PAGE = ROOT / "integration" / "SETTINGS.md"
+PAGE = ROOT / "docs" / "settings.md"
 
 
 def test_the_table_has_every_variable_that_is_read() -> None:
