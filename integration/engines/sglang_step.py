@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from ..wrapper import step
+from ..rounds import Rounds
+from ..scopes import step
 
 Call = Callable[..., Any]
 
@@ -22,6 +23,7 @@ class EagerStep:
 
     def __init__(self, metadata: Any, shares: bool) -> None:
         self.metadata, self.shares, self.layers = metadata, shares, 0
+        self.rounds = Rounds()
         # Layers come one by one: a context of its own keeps the `step()` open between them, and nobody else is in it.
         self._context = copy_context()
         self._scope = step(lengths_stay=True)  # SGLang writes a batch's lengths before its layers run
@@ -64,6 +66,8 @@ class EagerSteps:
             now = self.latest
             if torch.compiler.is_compiling() or now is None or now.metadata is not self.backend.forward_metadata:
                 return layer(*args, **kwargs)
+            if now.rounds.begins(id(args[3] if len(args) > 3 else kwargs.get("layer"))):
+                now = self.latest = EagerStep(now.metadata, now.shares)  # the same batch, whose lengths may have grown
             now.layers += 1
             token = _current.set(now if now.shares else None)
             try:
