@@ -40,7 +40,7 @@ class Scope:
     lengths_stay: bool = False  # the caller says so
     readers: frozenset[int] = frozenset()  # nodes of the graph that is captured: layers and metadata, which only read
     made: dict[tuple[Any, ...], Made] = field(default_factory=dict)  # by problem and lengths
-    answers: dict[tuple[Any, ...] | None, Answer] = field(default_factory=dict)  # by CallKeys: of calls that came before
+    answers: dict[tuple[Any, ...] | None, Answer] = field(default_factory=dict)  # to calls, by CallKeys
     rounds: Rounds = field(default_factory=Rounds)
 
     def keep(self, key: tuple[Any, ...], made: Made) -> None:
@@ -75,7 +75,7 @@ class _Captures(threading.local):
 _MOST_MADE, _MOST_ANSWERS = 256, 1024  # kinds of layers of a step, and a margin; and of calls
 _captures = _Captures()
 # The innermost `step()` of a thread or an asyncio task; None: there is none.
-_step: ContextVar[Scope | None] = ContextVar("fa3_metadata_step", default=None)
+CURRENT_STEP: ContextVar[Scope | None] = ContextVar("fa3_metadata_step", default=None)
 
 
 @contextmanager
@@ -87,11 +87,11 @@ def step(lengths_stay: bool = False) -> Iterator[None]:
     and not on tensors made there: there nothing is shared, unless `lengths_stay` says that nothing at all writes
     lengths inside the scope. Each thread and each asyncio task has its own scopes; one inside another starts afresh.
     """
-    token = _step.set(Scope(lengths_stay=checked_bool("lengths_stay", lengths_stay)))
+    token = CURRENT_STEP.set(Scope(lengths_stay=checked_bool("lengths_stay", lengths_stay)))
     try:
         yield
     finally:
-        _step.reset(token)
+        CURRENT_STEP.reset(token)
 
 
 def current_scope(capture: Capture | None) -> Scope | None:
@@ -99,7 +99,7 @@ def current_scope(capture: Capture | None) -> Scope | None:
     if capture is None:
         if _captures.scope is not None:
             _captures.scope = None
-        return _step.get()
+        return CURRENT_STEP.get()
     if _captures.scope is None or _captures.scope.capture != capture.number:
         _captures.scope = Scope(capture.number)
     return _captures.scope

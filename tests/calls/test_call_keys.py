@@ -161,7 +161,7 @@ def test_many_calls_of_a_long_step_are_bounded() -> None:
     forward = recording_forward()
     wrapped = wrap_forward(forward, BUILD)
     with step():
-        scope = scopes._step.get()
+        scope = scopes.CURRENT_STEP.get()
         assert scope is not None
         for i in range(3000):
             wrapped(**layer(ver=4, sm_margin=i))

@@ -166,11 +166,11 @@ def test_surplus_arguments_are_the_forwards_business(inside: bool) -> None:
 def test_tasks_have_scopes_of_their_own() -> None:
     async def task(log: list[bool], wait: float) -> None:
         with step():
-            mine = scopes._step.get()
+            mine = scopes.CURRENT_STEP.get()
             await asyncio.sleep(0)
-            log.append(scopes._step.get() is mine)
+            log.append(scopes.CURRENT_STEP.get() is mine)
             await asyncio.sleep(wait)
-            log.append(scopes._step.get() is mine)
+            log.append(scopes.CURRENT_STEP.get() is mine)
 
     async def both() -> list[bool]:
         log: list[bool] = []
@@ -178,13 +178,13 @@ def test_tasks_have_scopes_of_their_own() -> None:
         return log
 
     assert asyncio.run(both()) == [True] * 4
-    assert scopes._step.get() is None
+    assert scopes.CURRENT_STEP.get() is None
 
 
 def test_threads_have_scopes_of_their_own() -> None:
     seen = []
     with step():
-        thread = threading.Thread(target=lambda: seen.append(scopes._step.get()))
+        thread = threading.Thread(target=lambda: seen.append(scopes.CURRENT_STEP.get()))
         thread.start()
         thread.join()
     assert seen == [None]
@@ -198,7 +198,7 @@ def test_a_long_scope_keeps_a_bounded_number() -> None:
         for _ in range(600):
             wrapped(**call)
             lengths.add_(1)
-        scope = scopes._step.get()
+        scope = scopes.CURRENT_STEP.get()
         assert scope is not None
         assert len(scope.made) == 256
     assert torch.equal(
