@@ -17,6 +17,7 @@ BF16 = torch.bfloat16
 CACHE = torch.zeros(3, 64, 1, 128, dtype=BF16)
 STARTS = torch.arange(4, dtype=torch.int32)
 CHANGES: dict[str, dict[str, Any]] = {
+    "nothing": {},
     "heads": {"q": torch.zeros(3, 1, 4, 128, dtype=BF16)},
     "queries": {"q": torch.zeros(3, 2, 8, 128, dtype=BF16)},
     "dtype": {"q": torch.zeros(3, 1, 8, 128, dtype=torch.float8_e4m3fn)},
@@ -43,6 +44,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "margin": {"sm_margin": 12},
     "version": {"ver": 4},
     "mask": {"score_mod": abs},
+    "one split": {"num_splits": 1},
+    "a margin of one": {"sm_margin": 1},
     "a flag for a number": {"num_splits": True},
     "a fraction": {"sm_margin": 1.0},
     "no lengths": {"cache_seqlens": None},
