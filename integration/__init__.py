@@ -14,9 +14,10 @@ from .api import get_scheduler_metadata, metadata_layout, unpack_metadata
 from .install import install, uninstall
 from .installed import DetectedBuild, detect_build
 from .plans import MetadataPlan, MetadataPlans
+from .scopes import step
 from .status import status
 from .triton_kernels.layout import MetadataLayout
-from .wrapper import step, wrap_forward, wrapping_of
+from .wrapper import wrap_forward, wrapping_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from .schedules import keep
 from .triton_kernels.problem import Problem
 
 # Arguments of published forwards that the schedule does not depend on.
-_NO_MATTER = frozenset({
+NO_MATTER = frozenset({
     "v", "qv", "q_v", "rotary_cos", "rotary_sin", "rotary_seqlens", "rotary_interleaved", "cache_batch_idx",
     "q_descale", "k_descale", "v_descale", "softmax_scale", "return_softmax_lse", "return_attn_probs", "sinks", "s_aux",
     "out", "output_scale", "dropout_p", "deterministic", "cp_rank", "aux_tensor_leading_dims",
@@ -59,10 +59,8 @@ class ForwardCall(NamedTuple):
 
         `defaults` are those of the forward, by name: what it does where the call says nothing.
         """
-        if "block_table" in call or "seqused_k" in call or "fa_version" in call or "fa_version" in defaults:
-            names, known = _VARLEN, _VARLEN_KNOWN
-        else:
-            names, known = _WITH_KVCACHE, _WITH_KVCACHE_KNOWN
+        names = names_of(call, defaults)
+        known = _VARLEN_KNOWN if names is _VARLEN else _WITH_KVCACHE_KNOWN
         given = {ours: call[theirs] for ours, theirs in names if theirs in call}
         if "version" not in given and (version := defaults.get(names[-1][1])) is not None:
             given["version"] = version
@@ -171,6 +169,13 @@ class ForwardCall(NamedTuple):
         return 1 if self.cu_seqlens_k_new is not None else self.k_new.shape[1]
 
 
+def names_of(call: Container[str], defaults: Container[str]) -> tuple[tuple[str, str], ...]:
+    """(our name, the forward's) of the arguments that a schedule depends on, in a call that gives these names."""
+    if "block_table" in call or "seqused_k" in call or "fa_version" in call or "fa_version" in defaults:
+        return _VARLEN
+    return _WITH_KVCACHE
+
+
 def _is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
     """By identity, or as the same number: a tensor is compared with nothing."""
     return any(value is one or (type(value) is type(one) and isinstance(one, int | float | str) and value == one)
@@ -193,7 +198,7 @@ _VARLEN = _names(  # vllm_flash_attn.flash_attn_varlen_func
     k_cache="k", v_cache="v", cache_seqlens="seqused_k", page_table="block_table", version="fa_version",
     k_new="no such argument",
 )  # fmt: skip
-_WITH_KVCACHE_KNOWN = {theirs for _, theirs in _WITH_KVCACHE} | _NO_MATTER | set(_HARMLESS)
-_VARLEN_KNOWN = {theirs for _, theirs in _VARLEN} | _NO_MATTER | set(_HARMLESS)
+_WITH_KVCACHE_KNOWN = {theirs for _, theirs in _WITH_KVCACHE} | NO_MATTER | set(_HARMLESS)
+_VARLEN_KNOWN = {theirs for _, theirs in _VARLEN} | NO_MATTER | set(_HARMLESS)
 _problems: dict[tuple[Any, ...], Problem] = {}
 _MOST_PROBLEMS = 4096

@@ -5,82 +5,26 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from .arguments import device_facts, gpu_name
+from .call_keys import CallKeys, identity
 from .calls import ForwardCall
 from .captured_writes import Capture, may_write
 from .installed import resolve_build
 from .schedules import step_of
+from .scopes import Answer, Made, Scope, current_scope
 from .settings import is_disabled
 from .triton_kernels.builds import FA3Rules
-from .triton_kernels.plan import LaunchPlan
-from .triton_kernels.problem import DEFAULT_PARTIAL_BYTES, Problem, checked_bool, unchecked_replace
+from .triton_kernels.problem import DEFAULT_PARTIAL_BYTES, Problem, unchecked_replace
 
 _log = logging.getLogger("fa3_metadata")
 Forward = Callable[..., Any]
-
-
-@dataclass(eq=False)
-class _Made:
-    """Metadata of this step, the tensors it depends on (kept alive), and the layers that have used it."""
-
-    plan: LaunchPlan
-    metadata: torch.Tensor
-    inputs: tuple[torch.Tensor, ...]
-    layers: set[int] = field(default_factory=set)  # addresses of their KV caches
-    nodes: frozenset[int] = frozenset()  # of the graph that is captured: those known not to have written `inputs` since
-
-
-@dataclass(eq=False)
-class _Scope:
-    """What may be reused: within one `step()`, or within one capture of a CUDA graph."""
-
-    capture: int | None = None
-    lengths_stay: bool = False  # the caller says so
-    readers: frozenset[int] = frozenset()  # nodes of the graph that is captured: layers and metadata, which only read
-    made: dict[tuple[Any, ...], _Made] = field(default_factory=dict)
-
-    def keep(self, key: tuple[Any, ...], made: _Made) -> None:
-        """Remember it; of a long scope, the latest."""
-        self.made.pop(key, None)
-        self.made[key] = made
-        if len(self.made) > _MOST_MADE:
-            del self.made[next(iter(self.made))]
-
-
-class _Captures(threading.local):
-    """Of each thread, the scope of the CUDA graph that it captures."""
-
-    scope: _Scope | None = None
-
-
-_MOST_MADE = 256  # kinds of layers of a step, and a margin
-_captures = _Captures()
-# The innermost `step()` of a thread or an asyncio task; None: there is none.
-_step: ContextVar[_Scope | None] = ContextVar("fa3_metadata_step", default=None)
-
-
-@contextmanager
-def step(lengths_stay: bool = False) -> Iterator[None]:
-    """One step of a model, run eagerly: layers inside that ask the same of the same lengths share their metadata.
-
-    Lengths must not be written inside the scope other than through torch operations, which are noticed. In inference
-    mode torch does not count them: there nothing is shared, unless `lengths_stay` says that no length is written
-    inside the scope. Each thread and each asyncio task has its own scopes; a scope inside another starts afresh.
-    """
-    token = _step.set(_Scope(lengths_stay=checked_bool("lengths_stay", lengths_stay)))
-    try:
-        yield
-    finally:
-        _step.reset(token)
+_UNKNOWN: Any = object()  # no answer, which None is
 
 
 @dataclass(frozen=True)
@@ -136,11 +80,11 @@ def wrap_forward(
     """`forward`, an FA3 `flash_attn_with_kvcache` or vLLM's `flash_attn_varlen_func`, with metadata of its own.
 
     Same signature. While a CUDA graph is captured, the metadata is made once for each distinct problem, as a node of
-    that graph, and the later layers of the capture reuse it: a replay makes it again from the lengths of that time. A
-    layer that comes round again (the same KV cache for the same problem) starts a new step. Run eagerly, a call
-    reuses metadata only inside `step()`, and is otherwise passed through. `num_splits` is resolved once and handed
-    to both sides. Calls that bring metadata, and calls that we do not know how to schedule (another FlashAttention
-    version, masks by callback, ...), pass through unchanged; the log says so once, at debug level.
+    that graph, and the later layers of the capture reuse it: a replay makes it again from the lengths of that time.
+    Where a node of the graph since may have written the lengths, it is made anew. Run eagerly, a call reuses metadata
+    only inside `step()`, and is otherwise passed through. `num_splits` is resolved once and handed to both sides.
+    Calls that bring metadata, and calls that we do not know how to schedule (another FlashAttention version, masks by
+    callback, ...), pass through unchanged; the log says so once, at debug level.
 
     Under policy "balanced" the bound of splits, too, is ours, and it is the one that the forward is handed, so that it
     has room for every split; where the call gives a `num_splits`, that stays the bound. What passes through has FA3's
@@ -174,100 +118,113 @@ def wrap_forward(
     if batch_invariant and rules.bound_depends_on_batch and not told:
         raise ValueError(f"batch_invariant must be False for a forward of {build} that takes no num_splits")
     said: set[str] = set()
+    keys = CallKeys(defaults)
 
     @functools.wraps(forward)
     def with_metadata(*args: Any, **kwargs: Any) -> Any:
         capturing = _has_cuda() and torch.cuda.is_current_stream_capturing()
         capture = Capture.current() if capturing else None
-        scope = None if capturing and capture is None else _scope(capture)
-        if scope is None or capture is None or _counts_writes():
-            return attend(scope, capture, args, kwargs)
+        scope = None if capturing and capture is None else current_scope(capture)
+        if scope is None:
+            return forward(*args, **kwargs)
+        if capture is None:
+            return attend(scope, None, args, kwargs)
         before = capture.nodes()
         output = attend(scope, capture, args, kwargs)
         if before is not None and (after := capture.nodes()) is not None:
             scope.readers |= after - before
         return output
 
-    def attend(scope: _Scope | None, capture: Capture | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        call = dict(zip(names, args, strict=False)) | kwargs
-        if scope is None or call.get("scheduler_metadata") is not None or len(call) < len(args) + len(kwargs):
+    def attend(scope: Scope, capture: Capture | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = dict(zip(names, args, strict=False)) | kwargs if args else kwargs
+        if call.get("scheduler_metadata") is not None or len(call) < len(args) + len(kwargs):
             return forward(*args, **kwargs)  # which also says what is wrong with surplus arguments, or one given twice
+        scope.enter_layer(call.get("k_cache", call.get("k")))
+        stream = _stream_of(call.get("q"))
+        key = keys.of(call, (stream, torch.is_inference_mode_enabled()))
+        answer = scope.answers.get(key, _UNKNOWN)
+        if answer is _UNKNOWN or (answer and capture and _may_be_written(answer[0], scope, capture)):
+            answer = make(scope, capture, call, stream)
+            if answer is None or capture is not None or _stays(answer[0].inputs, scope):
+                scope.answer(key, answer)
+        if answer is None:
+            return forward(*args, **kwargs)
+        call.update(answer[1])
+        return forward(**call)
+
+    def make(scope: Scope, capture: Capture | None, call: dict[str, Any], stream: tuple[int, int]) -> Answer:
         try:
-            made = _find_or_make(scope, capture, ForwardCall.read(call, defaults), rules, chosen, told)
+            made = _find_or_make(scope, capture, stream, ForwardCall.read(call, defaults), rules, chosen, told)
         except (NotImplementedError, TypeError, ValueError) as error:  # the forward knows better what is wrong
             if str(error) not in said:
                 said.add(str(error))
                 _log.debug("%s is called without our metadata: %s", forward.__name__, error)
-            return forward(*args, **kwargs)
-        ours: dict[str, Any] = {"scheduler_metadata": made.metadata}
-        for name in takes:
-            ours[name] = getattr(made.plan.layout, name)
-        return forward(**call | ours)
+            return None
+        return made, {"scheduler_metadata": made.metadata} | {name: getattr(made.plan.layout, name) for name in takes}
 
     with_metadata.__fa3_metadata__ = Wrapping(chosen, build, rules)  # type: ignore[attr-defined]
     return with_metadata
 
 
-def _scope(capture: Capture | None) -> _Scope | None:
-    """What the current call may share with others; None: nothing, and it is passed through."""
-    if capture is None:
-        _captures.scope = None
-        return _step.get()
-    if _captures.scope is None or _captures.scope.capture != capture.number:
-        _captures.scope = _Scope(capture.number)
-    return _captures.scope
-
-
 def _find_or_make(
-    scope: _Scope, capture: Capture | None, asked: ForwardCall, rules: FA3Rules, chosen: SchedulePolicy, told: bool
-) -> _Made:
+    scope: Scope,
+    capture: Capture | None,
+    stream: tuple[int, int],
+    asked: ForwardCall,
+    rules: FA3Rules,
+    chosen: SchedulePolicy,
+    told: bool,
+) -> Made:
     if reason := asked.unsupported_reason():
         raise NotImplementedError(reason)
-    if capture is None and chosen.policy == "fa3" and not (scope.lengths_stay or _counts_writes()):
-        raise NotImplementedError("in inference mode torch does not count writes: step(lengths_stay=True) shares")
-    problem = asked.problem(*device_facts(asked.device, None, None), rules.bound_depends_on_batch)
-    problem = chosen.of(problem, asked.device, told)
     tensors = asked.lengths()
     inputs = tuple(tensor for tensor in tensors.pointers() if tensor is not None)
-    identity = tuple((t.data_ptr(), t.dtype, t.shape, t.stride(), _version(t)) for t in inputs)
+    if capture is None and chosen.policy == "fa3" and not _stays(inputs, scope):
+        raise NotImplementedError(
+            "torch does not count writes in inference mode, nor to tensors made there: step(lengths_stay=True) shares"
+        )
+    problem = asked.problem(*device_facts(asked.device, None, None), rules.bound_depends_on_batch)
+    problem = chosen.of(problem, asked.device, told)
     # Another stream may not have waited for the launch on this one, so it makes its own.
-    stream = torch.cuda.current_stream(asked.device).cuda_stream if asked.device.type == "cuda" else 0
-    key = (rules, problem, identity, stream)
-    layer = asked.k_cache.data_ptr()
+    key = (rules, problem, tuple(map(identity, inputs)), stream)
     made = scope.made.get(key)
-    if made is None or layer in made.layers or _may_be_written(made, scope, capture):
+    if made is None or (_may_be_written(made, scope, capture) if capture else not _stays(inputs, scope)):
         tensors.check(problem.batch_size)
         its_step = step_of(problem, rules)
         metadata = torch.empty(its_step.sizes[0], dtype=torch.int32, device=asked.device)
         its_step.write((metadata,), tensors)
-        made = _Made(its_step.planned()[1], metadata, inputs)
-        if capture is not None and not _counts_writes():
+        made = Made(its_step.planned()[1], metadata, inputs)
+        if capture is not None:
             made.nodes = capture.nodes() or frozenset()
         scope.keep(key, made)
-    made.layers.add(layer)
     return made
 
 
-def _may_be_written(made: _Made, scope: _Scope, capture: Capture | None) -> bool:
-    """Whether the lengths may have been written since, other than their version tells."""
-    if scope.lengths_stay or _counts_writes():
-        return False
-    if capture is None or (nodes := capture.nodes()) is None:
-        return True
-    if may_write(nodes - made.nodes - scope.readers, made.inputs):
+def _may_be_written(made: Made, scope: Scope, capture: Capture) -> bool:
+    """Whether a node captured since may have written the lengths, be it one that torch counts or not."""
+    nodes = capture.nodes()
+    if nodes is None or may_write(nodes - made.nodes - scope.readers, made.inputs):
         return True
     made.nodes = nodes
     return False
 
 
-def _counts_writes() -> bool:
-    """Whether torch counts the writes to tensors now."""
-    return not torch.is_inference_mode_enabled()
+def _stays(lengths: tuple[torch.Tensor, ...], scope: Scope) -> bool:
+    """Whether these lengths are as they were, eagerly, where torch has counted no write to them.
+
+    In inference mode it does not count all, and none of those to tensors that were made there.
+    """
+    if scope.lengths_stay:
+        return True
+    return not (torch.is_inference_mode_enabled() or any(tensor.is_inference() for tensor in lengths))
 
 
-def _version(tensor: torch.Tensor) -> int | None:
-    """How often torch has written to this tensor; None where torch does not count (inference mode)."""
-    return None if tensor.is_inference() else tensor._version
+def _stream_of(q: Any) -> tuple[int, int]:
+    """The device of a tensor, and its current stream; of anything else those of the CPU."""
+    if not isinstance(q, torch.Tensor) or not q.is_cuda:
+        return -1, 0
+    device = q.get_device()
+    return device, torch._C._cuda_getCurrentRawStream(device)
 
 
 @functools.lru_cache(maxsize=1)

@@ -29,7 +29,7 @@ from ..wrapper import SchedulePolicy, wrap_forward
 from .late_import import when_imported
 from .once import warn_once
 from .sglang_names import ALL_LAYOUTS, LAYOUTS, SGLangNames
-from .sglang_step import EagerSteps, in_step
+from .sglang_step import EagerSteps
 
 _log = logging.getLogger("fa3_metadata")
 _MARK = "_fa3_metadata_attached"
@@ -374,7 +374,7 @@ class _WrappedForward:
 
 
 def _for_layers(forward: Callable[..., Any], with_metadata: Callable[..., Any]) -> Callable[..., Any]:
-    """`with_metadata`, in the step of the layer that calls it; `forward` as it is for another FlashAttention.
+    """`with_metadata`; `forward` as it is for another FlashAttention.
 
     Without metadata of ours where a layer's shape is not that of the model's configuration: SGLang asks for it once,
     with the head counts and head dim of the configuration, and hands it to every full-attention layer; a layer with
@@ -394,7 +394,7 @@ def _for_layers(forward: Callable[..., Any], with_metadata: Callable[..., Any]) 
             fits = shape == [q.shape[-2], k_cache.shape[-2], q.shape[-1], v_cache.shape[-1]]
             if not fits or (total_q is not None and total_q != q.shape[:-2].numel()):
                 kwargs["scheduler_metadata"] = None
-        return in_step(with_metadata, *args, **kwargs)
+        return with_metadata(*args, **kwargs)
 
     return attend
 

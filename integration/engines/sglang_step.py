@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextvars import ContextVar, copy_context
 from typing import Any
 
 import torch
 
-from ..wrapper import step
+from ..rounds import Rounds
+from ..scopes import CURRENT_STEP, Scope
 
 Call = Callable[..., Any]
 
@@ -22,21 +22,8 @@ class EagerStep:
 
     def __init__(self, metadata: Any, shares: bool) -> None:
         self.metadata, self.shares, self.layers = metadata, shares, 0
-        # Layers come one by one: a context of its own keeps the `step()` open between them, and nobody else is in it.
-        self._context = copy_context()
-        self._scope = step(lengths_stay=True)  # SGLang writes a batch's lengths before its layers run
-        self._context.run(self._scope.__enter__)
-
-    def run(self, forward: Call, *args: Any, **kwargs: Any) -> Any:
-        """`forward(...)` inside of this step."""
-        return self._context.run(forward, *args, **kwargs)
-
-    def __del__(self) -> None:
-        self._context.run(self._scope.__exit__, None, None, None)
-
-
-# The step of the layer that runs now in this thread; None: it is not known, or its layers do not share.
-_current: ContextVar[EagerStep | None] = ContextVar("fa3_metadata_sglang_step", default=None)
+        self.rounds = Rounds()
+        self.scope = Scope(lengths_stay=True)  # SGLang writes a batch's lengths before its layers run
 
 
 class EagerSteps:
@@ -58,23 +45,21 @@ class EagerSteps:
         self.latest = EagerStep(self.backend.forward_metadata, self.alone_too or not alone)
 
     def of_layer(self, layer: Call) -> Call:
-        """A method of the backend that runs a layer, whose forwards find the step by `in_step`."""
+        """A method of the backend that runs a layer, whose forwards are within the step."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
             now = self.latest
             if torch.compiler.is_compiling() or now is None or now.metadata is not self.backend.forward_metadata:
                 return layer(*args, **kwargs)
+            if now.rounds.begins(id(args[3] if len(args) > 3 else kwargs.get("layer"))):
+                now = self.latest = EagerStep(now.metadata, now.shares)  # run again: its lengths may have grown
             now.layers += 1
-            token = _current.set(now if now.shares else None)
+            if not now.shares:
+                return layer(*args, **kwargs)
+            token = CURRENT_STEP.set(now.scope)
             try:
                 return layer(*args, **kwargs)
             finally:
-                _current.reset(token)
+                CURRENT_STEP.reset(token)
 
         return run
-
-
-def in_step(forward: Call, *args: Any, **kwargs: Any) -> Any:
-    """`forward(...)`, inside of the step of the layer that calls it."""
-    now = _current.get()
-    return forward(*args, **kwargs) if now is None else now.run(forward, *args, **kwargs)

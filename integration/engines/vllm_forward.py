@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from ..wrapper import step, wrap_forward
+from ..scopes import step
+from ..wrapper import wrap_forward
 
 # Of the forward that is run: the lengths that its layers may share metadata of, by id. None: whatever they ask for.
 _SHARED: ContextVar[frozenset[int] | None] = ContextVar("fa3_metadata_vllm_lengths", default=None)

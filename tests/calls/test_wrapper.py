@@ -106,17 +106,20 @@ def test_lengths_written_by_torch_are_noticed() -> None:
     assert not torch.equal(first, second)
 
 
-def test_a_layer_that_comes_round_again_is_a_new_step() -> None:
+@pytest.mark.parametrize("lengths_stay", [False, True])
+def test_layers_that_begin_again_are_a_new_step(lengths_stay: bool) -> None:
+    """A loop within one scope, where something else than torch may write: unless the caller says that nothing does."""
     forward = recording_forward()
     wrapped = wrap_forward(forward, BUILD)
     one, two = layer(), layer()
-    with step(lengths_stay=True), torch.inference_mode():  # where torch does not count writes
-        for arguments in (one, two, one, two):
+    with step(lengths_stay=lengths_stay):
+        for arguments in (one, two, two, one, two, one):
             wrapped(**arguments)
     made = made_in(forward)
-    assert made[0] is made[1]
-    assert made[2] is made[3]
-    assert made[0] is not made[2]
+    assert made[0] is made[1] is made[2]
+    assert made[3] is made[4]
+    for again, before in ((3, 0), (5, 3)):
+        assert (made[again] is made[before]) == lengths_stay
 
 
 def test_steps_do_not_leak() -> None:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from types import SimpleNamespace
-from typing import Any
 
 import fa3_metadata
 import pytest
 import torch
 from fa3_metadata import step, wrap_forward, wrapper
-from fa3_metadata.calls import ForwardCall
 
 from .test_wrapper import BUILD, asked, layer, made_in, recording_forward
 from .test_wrapper_safety import Graph
@@ -52,24 +49,19 @@ def test_lengths_live_as_long_as_their_metadata() -> None:
 
 def test_each_stream_makes_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """One may not have waited for what another has launched. As if tensors on the CPU were on a GPU."""
-    forward, stream, plan = recording_forward(), SimpleNamespace(cuda_stream=7), SimpleNamespace(layout=None)
-    plan.layout = SimpleNamespace(num_splits=1, pack_gqa=True)
-    made: Any = SimpleNamespace(sizes=(17,), planned=lambda: (None, plan), write=lambda *_: None)
-    zeros = torch.zeros
-    monkeypatch.setattr(ForwardCall, "device", torch.device("cuda", 0))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
-    monkeypatch.setattr(torch, "empty", lambda size, **_: zeros(size))
-    monkeypatch.setattr(wrapper, "device_facts", lambda *_: (90, 132))
-    monkeypatch.setattr(wrapper, "step_of", lambda *_: made)
+    forward = recording_forward()
     wrapped = wrap_forward(forward, BUILD)
-    with step():
-        for number in (7, 8, 7, 8):
-            stream.cuda_stream = number
-            wrapped(**layer())
-    on_7, on_8 = made_in(forward)[::2], made_in(forward)[1::2]
-    assert on_7[0] is on_7[1]
-    assert on_8[0] is on_8[1]
-    assert on_7[0] is not on_8[0]
+    asks = [layer(), layer(window_size=[127, 0]), layer(window_size=(127, 0))]  # the last two ask the same
+    with step(lengths_stay=True):
+        for stream in ((0, 7), (0, 8), (1, 7), (0, 7), (0, 8), (1, 7)):
+            monkeypatch.setattr(wrapper, "_stream_of", lambda _, stream=stream: stream)
+            for call in asks:
+                wrapped(**call)
+    made = [made_in(forward)[start : start + 3] for start in range(0, 18, 3)]
+    for first, again in zip(made[:3], made[3:], strict=True):
+        assert [id(one) for one in first] == [id(one) for one in again]
+        assert first[1] is first[2]
+    assert len({id(one) for batch in made for one in batch}) == 6
 
 
 def test_each_capture_makes_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

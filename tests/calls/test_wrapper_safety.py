@@ -12,7 +12,7 @@ from typing import Any
 import fa3_metadata
 import pytest
 import torch
-from fa3_metadata import captured_writes, step, wrap_forward, wrapper
+from fa3_metadata import captured_writes, scopes, step, wrap_forward, wrapper
 from fa3_metadata.calls import _VARLEN_KNOWN, _WITH_KVCACHE_KNOWN, ForwardCall
 
 from bench.wheel_recordings import Recordings
@@ -59,6 +59,31 @@ def test_who_says_that_lengths_stay_shares_in_inference_mode() -> None:
     assert all(made is first for made in others)
     with pytest.raises(TypeError, match="lengths_stay must be True or False, got 1"), step(lengths_stay=1):  # type: ignore[arg-type]
         pass
+
+
+@pytest.mark.parametrize("policy", ["fa3", "balanced"])
+@pytest.mark.parametrize("made_inside", [False, True])
+@pytest.mark.parametrize("written_inside", [False, True])
+def test_inference_mode_within_a_step(policy: str, made_inside: bool, written_inside: bool) -> None:
+    """Or lengths from there: torch does not count writes to tensors that were made in inference mode."""
+    forward = recording_forward()
+    wrapped = wrap_forward(forward, BUILD, policy)
+    with torch.inference_mode(made_inside):
+        lengths = LENGTHS.clone()
+    calls = [layer(cache_seqlens=lengths) for _ in range(3)]
+    with step():
+        wrapped(**calls[0])
+        with torch.inference_mode(written_inside or made_inside):
+            lengths.add_(1000)
+            wrapped(**calls[1])
+        wrapped(**calls[2])
+        wrapped(**calls[2])
+    made = made_in(forward)
+    right = fa3_metadata.get_scheduler_metadata(**asked(policy, cache_seqlens=lengths))
+    refused = [made_inside, made_inside or written_inside, made_inside, made_inside]
+    assert [one is None for one in made] == [policy == "fa3" and no for no in refused]
+    assert all(one is None or torch.equal(one, right) for one in made[1:])
+    assert (made[2] is made[3]) == (not made_inside or policy == "fa3")
 
 
 def test_builds_in_one_scope_get_each_its_own() -> None:
@@ -141,11 +166,11 @@ def test_surplus_arguments_are_the_forwards_business(inside: bool) -> None:
 def test_tasks_have_scopes_of_their_own() -> None:
     async def task(log: list[bool], wait: float) -> None:
         with step():
-            mine = wrapper._step.get()
+            mine = scopes.CURRENT_STEP.get()
             await asyncio.sleep(0)
-            log.append(wrapper._step.get() is mine)
+            log.append(scopes.CURRENT_STEP.get() is mine)
             await asyncio.sleep(wait)
-            log.append(wrapper._step.get() is mine)
+            log.append(scopes.CURRENT_STEP.get() is mine)
 
     async def both() -> list[bool]:
         log: list[bool] = []
@@ -153,13 +178,13 @@ def test_tasks_have_scopes_of_their_own() -> None:
         return log
 
     assert asyncio.run(both()) == [True] * 4
-    assert wrapper._step.get() is None
+    assert scopes.CURRENT_STEP.get() is None
 
 
 def test_threads_have_scopes_of_their_own() -> None:
     seen = []
     with step():
-        thread = threading.Thread(target=lambda: seen.append(wrapper._step.get()))
+        thread = threading.Thread(target=lambda: seen.append(scopes.CURRENT_STEP.get()))
         thread.start()
         thread.join()
     assert seen == [None]
@@ -173,7 +198,7 @@ def test_a_long_scope_keeps_a_bounded_number() -> None:
         for _ in range(600):
             wrapped(**call)
             lengths.add_(1)
-        scope = wrapper._step.get()
+        scope = scopes.CURRENT_STEP.get()
         assert scope is not None
         assert len(scope.made) == 256
     assert torch.equal(
@@ -293,6 +318,7 @@ class Graph:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.number, self.count, self.touching = 1, 0, set[int]()
+        monkeypatch.setattr(scopes._captures, "scope", None)  # the driver gives no number twice
         monkeypatch.setattr(wrapper, "_has_cuda", lambda: True)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         monkeypatch.setattr(wrapper.Capture, "current", staticmethod(lambda: self))
@@ -341,11 +367,12 @@ def test_kinds_of_layers_share_in_a_capture_in_inference_mode(policy: str, monke
     assert torch.equal(after[0], fa3_metadata.get_scheduler_metadata(**call))
 
 
-def test_a_capture_that_shows_no_nodes_shares_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_capture_that_shows_no_nodes_shares_nothing(inference: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     graph, forward = Graph(monkeypatch), recording_forward()
     monkeypatch.setattr(graph, "nodes", lambda: None)
     wrapped = wrap_forward(forward, BUILD)
-    with torch.inference_mode():
+    with torch.inference_mode(inference):
         for _ in range(2):
             wrapped(**layer())
     first, second = made_in(forward)

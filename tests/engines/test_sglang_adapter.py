@@ -14,6 +14,8 @@ import torch
 from fa3_metadata.engines import once, sglang
 from fa3_metadata.engines.sglang import LAYOUTS, attach, attach_new_backends
 
+from ..calls.test_kv_sharing import MODELS
+from ..calls.test_wrapper_safety import Graph
 from ..helpers.sglang_stand_in import DIM, HEADS, KV_HEADS, PAGE, Batch, Sglang
 
 BUILD = "sglang-kernel-0.4.2"
@@ -136,6 +138,53 @@ def test_eager_layers_of_a_kind_share(world: Sglang) -> None:
         cu_seqlens_q=torch.arange(4, dtype=torch.int32), build=BUILD,
     )  # fmt: skip
     assert (verified["num_splits"], len(verified["scheduler_metadata"])) == (layout.num_splits, layout.size)
+
+
+def layers_of(model: str) -> list[Any]:
+    layers = MODELS[model]
+    caches = {number: torch.zeros(4, PAGE, KV_HEADS, DIM, dtype=torch.bfloat16) for number, _ in layers}
+    return [SimpleNamespace(headdim_v=DIM, window=window, keys=caches[number]) for number, (window, _) in layers]
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("captured", [False, True])
+def test_layers_that_read_the_keys_of_others(
+    world: Sglang, model: str, captured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend, layers = world.backend(), layers_of(model)
+    attach(backend, BUILD)
+    with torch.inference_mode():
+        if captured:
+            Graph(monkeypatch)
+            backend.prepare_graph(Batch([300, 5, 70]), capture=True)
+        else:
+            backend.init_forward_metadata(Batch([300, 5, 70], speculative=True))
+        backend.run_layers(layers)
+    made = {layer.window: call["scheduler_metadata"] for layer, call in zip(layers, world.calls, strict=True)}
+    for layer, call in zip(layers, world.calls, strict=True):
+        assert call["scheduler_metadata"] is made[layer.window] is not None
+
+
+@pytest.mark.parametrize("model", ["Gemma 3n", "YOCO"])
+def test_a_model_that_is_run_again_is_a_new_step(world: Sglang, model: str) -> None:
+    """On a batch that SGLang has prepared once: nothing says that its lengths have not grown."""
+    backend, layers = world.backend(), layers_of(model)
+    attach(backend, BUILD)
+    with torch.inference_mode():
+        backend.init_forward_metadata(Batch([300, 5, 70], speculative=True))
+        for lengths in ([300, 5, 70], [9000, 5, 70]):
+            backend.forward_metadata.cache_seqlens_int32.numpy()[:] = lengths
+            world.calls.clear()
+            backend.run_layers(layers)
+            assert len({id(call["scheduler_metadata"]) for call in world.calls}) == 2
+            for layer, call in zip(layers, world.calls, strict=True):
+                window = (layer.window, 0 if layer.window >= 0 else -1)
+                right = fa3_metadata.get_scheduler_metadata(
+                    **SHAPE, batch_size=3, max_seqlen_k=19 * PAGE, window_size=window,
+                    cache_seqlens=torch.tensor(lengths, dtype=torch.int32),
+                    cu_seqlens_q=torch.arange(4, dtype=torch.int32),
+                )  # fmt: skip
+                assert torch.equal(call["scheduler_metadata"], right)
 
 
 @pytest.mark.parametrize("inference", [False, True])

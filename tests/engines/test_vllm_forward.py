@@ -15,6 +15,8 @@ from fa3_metadata.engines import vllm as adapter
 from fa3_metadata.engines.vllm_forward import lengths_to_share
 from fa3_metadata.engines.vllm_names import CONTEXT, ENTER, FORWARD, PACKAGE
 
+from ..calls.test_kv_sharing import MODELS
+from ..calls.test_wrapper_safety import Graph
 from ..helpers.vllm_stand_in import BUILD, DECODE, OLDER, check, expected, gqa_builder, make_batch, stand_in
 
 WINDOW, FULL = (1023, 0), (-1, -1)
@@ -64,6 +66,24 @@ def test_each_kind_of_layer_is_made_once_a_step(root: pathlib.Path) -> None:
             bound_of(batch, impl.sliding_window) for impl in model.impls
         ]
     assert attached.used
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("captured", [False, True])
+def test_layers_that_read_the_keys_of_others(
+    root: pathlib.Path, model: str, captured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one group with windows mixed, since vLLM's hybrid KV cache is turned off."""
+    adapter.attach()
+    layers = MODELS[model]
+    ours = Model(*[window for _, window in layers])
+    ours.caches = [ours.caches[number] for number, _ in layers]
+    if captured:
+        Graph(monkeypatch)
+    made = ours.step(DECODE, fast_build=True)
+    assert len({id(tensor) for tensor in made}) == len({window for _, window in layers})
+    for tensor, (_, window) in zip(made, layers, strict=True):
+        check(tensor, expected(DECODE, window_size=window), DECODE.size)
 
 
 def bound_of(batch: SimpleNamespace, window: tuple[int, int]) -> int:

@@ -14,6 +14,8 @@ from typing import Any
 import fa3_metadata
 import pytest
 import torch
+import triton
+import triton.language as tl
 from fa3_metadata import MetadataPlan, MetadataPlans, step, wrap_forward
 from fa3_metadata.engines import vllm as adapter
 from fa3_metadata.installed import load_forward
@@ -250,6 +252,73 @@ def test_a_capture_holds_one_metadata_node_for_each_problem() -> None:
                 function(**one)
         counts[name] = nodes(graph)
     assert counts["alone"] - counts["ours"] == len(layers) - 2  # 5 launches of their own become 2 of ours
+
+
+# Models whose layers read the KV caches of others, as in tests/calls/test_kv_sharing.py, smaller: cache and window.
+WIDE = (4095, 0)  # so that both kinds have splits
+SHARING = {
+    "Gemma 3n": [(0, WIDE), (1, (-1, -1)), (2, WIDE), (3, (-1, -1)), (2, WIDE), (3, (-1, -1)), (2, WIDE)],
+    "YOCO": [(0, WIDE), (1, WIDE), (2, (-1, -1)), (2, (-1, -1)), (2, (-1, -1))],
+}
+
+
+@triton.jit
+def advance(lengths, more):  # type: ignore[no-untyped-def]
+    """A kernel of an engine's own, one program a sequence."""
+    at = lengths + tl.program_id(0)
+    tl.store(at, tl.load(at) + more)
+
+
+@needs_sglang
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("model", SHARING)
+def test_layers_that_read_the_cache_of_another_share(model: str, steps: int, inference: bool) -> None:
+    """A metadata node for each kind of layer and step of a capture, and FA3's bits; lengths advance between steps.
+
+    By a torch operation, and by a kernel of our own, which torch does not count.
+    """
+    forward = load_forward(str(WHEEL))
+    wrapped = wrap_forward(forward, WHEEL)
+    with torch.inference_mode(inference):
+        lengths, start, more = ints(*LENGTHS), ints(*LENGTHS), ints(*[64] * len(LENGTHS))
+        caches = [layer() for _ in range(1 + max(cache for cache, _ in SHARING[model]))]
+        layers = [
+            caches[cache] | {"q": rand(5, 1, 8, 128), "cache_seqlens": lengths, "window_size": window}
+            for cache, window in SHARING[model]
+        ]
+
+        def model_steps(function: Callable[..., Any]) -> list[torch.Tensor]:
+            lengths.copy_(start)
+            outputs = []
+            for number in range(steps):
+                outputs += [function(**one) for one in layers]
+                if number % 2:
+                    lengths.add_(more)
+                else:
+                    advance[(len(LENGTHS),)](lengths, 64)
+            return outputs
+
+        expected = [output.clone() for output in model_steps(forward)]
+        counts, replayed = {}, {}
+        for name, function in (("alone", forward), ("ours", wrapped)):
+            graph = torch.cuda.CUDAGraph(keep_graph=True)
+            with torch.cuda.graph(graph):
+                captured = model_steps(function)
+            counts[name] = nodes(graph)
+            graph.instantiate()
+            for _ in range(2):
+                graph.replay()
+            replayed[name] = [output.clone() for output in captured]
+    kinds = len({window for _, window in SHARING[model]})
+    assert counts["alone"] - counts["ours"] == steps * (len(layers) - kinds)
+    for name, outputs in replayed.items():
+        assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True)), name
+    with torch.inference_mode(inference):
+        lengths.copy_(start)
+        with step(lengths_stay=True):
+            eager = [wrapped(**one) for one in layers]
+        assert all(torch.equal(a, b) for a, b in zip(eager, expected, strict=False))
 
 
 @needs_sglang

@@ -142,6 +142,12 @@ class Sglang:
                 q = torch.zeros(len(self.forward_metadata.cache_seqlens_int32), HEADS, DIM, dtype=torch.bfloat16)
                 self.forward_decode(q, None, None, SimpleNamespace(headdim_v=headdim_v, window=window), None)
 
+            def run_layers(self, layers: list[Any]) -> None:
+                """A model's, each with a window and the keys that it reads."""
+                q = torch.zeros(len(self.forward_metadata.cache_seqlens_int32), HEADS, DIM, dtype=torch.bfloat16)
+                for layer in layers:
+                    self.forward_decode(q, None, None, layer, None)
+
             def verify_layer(self, tokens: int) -> None:
                 """As speculative decoding checks `tokens` drafts of each sequence: no metadata is passed in."""
                 count = len(self.forward_metadata.cache_seqlens_int32)
@@ -161,8 +167,9 @@ class Sglang:
                     metadata.starts[tokens] = metadata.cu_seqlens_q * tokens
                 version = {"ver": self.fa_impl_ver} if has_maker else {}
                 forward = self.flash_attn_with_kvcache if on_backend else world.module.flash_attn_with_kvcache
+                keys = getattr(layer, "keys", None)
                 call = {
-                    "q": q, "k_cache": torch.zeros(4, PAGE, KV_HEADS, DIM, dtype=torch.bfloat16),
+                    "q": q, "k_cache": torch.zeros(4, PAGE, KV_HEADS, DIM).bfloat16() if keys is None else keys,
                     "v_cache": torch.zeros(4, PAGE, KV_HEADS, layer.headdim_v, dtype=torch.bfloat16),
                     "page_table": metadata.page_table, "cache_seqlens": metadata.cache_seqlens_int32,
                     "cu_seqlens_q": metadata.starts[tokens], "max_seqlen_q": 1, "causal": True,
