@@ -24,10 +24,11 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 NOT_SOURCE = shutil.ignore_patterns(
     ".git", ".venv", ".*-kit", ".*_cache", ".whl", ".hypothesis", "__pycache__", "*.egg-info", "build", "dist", "site"
 )
-SDIST_TESTS = (  # of each kind some: with data, with the kernel, of pages, of the bench
-    "tests/builds/test_rules.py", "tests/builds/test_releases.py", "tests/builds/test_goldens.py::test_reference",
-    "tests/calls/test_api.py", "tests/project/test_links.py", "tests/project/test_docs.py", "tests/bench/test_mutate.py",
-)  # fmt: skip
+SDIST_TESTS = (  # some of each kind: of data, of the kernel, of pages, of the bench
+    *("tests/builds/test_rules.py", "tests/builds/test_releases.py", "tests/builds/test_goldens.py::test_reference"),
+    *("tests/calls/test_api.py", "tests/bench/test_mutate.py", "tests/project/test_links.py"),
+    *("tests/project/test_docs.py", "tests/project/test_api_page.py"),
+)
 ENTRY_POINTS = {
     "console_scripts": "fa3-metadata = fa3_metadata.tools.cli:main",
     "sglang.srt.plugins": "fa3_metadata = fa3_metadata.engines.plugins:sglang",
