@@ -7,6 +7,7 @@ than it is for. An extra for one torch is expected to refuse the others, so that
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 import re
@@ -14,7 +15,10 @@ import subprocess
 import sys
 import tempfile
 import venv
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
+
+from package import build
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NEWEST = "newest"
@@ -51,21 +55,23 @@ def declared() -> set[str]:
     return set(re.findall(r"^([\w-]+) = \[", section, re.MULTILINE))
 
 
-def resolve(extra: str, torch: str, folder: pathlib.Path) -> Answer:
-    """What pip would install of the project with this extra, where torch has to be this one."""
-    python = folder / "bin" / "python"
-    constraints = folder / "constraints.txt"
+def empty_environment(folder: pathlib.Path) -> list[str | pathlib.Path]:
+    """The command of pip for an environment that has nothing."""
+    venv.create(folder, with_pip=False)
+    return [sys.executable, "-m", "pip", "--python", folder / "bin" / "python", "--disable-pip-version-check"]
+
+
+def resolve(pip: list[str | pathlib.Path], wheel: pathlib.Path, extra: str, torch: str) -> Answer:
+    """What pip would install of the wheel with this extra, where torch has to be this one."""
+    constraints = wheel.with_name(f"{torch}.txt")
     constraints.write_text("" if torch == NEWEST else f"torch=={torch}\n")
-    pip = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check"]
     dry = ["install", "-q", "--dry-run", "--ignore-installed", "--report", "-", "-c", constraints]
-    project = f"{ROOT}[{extra}]" if extra else str(ROOT)
-    done = subprocess.run([*pip, *dry, project], capture_output=True, text=True)
+    done = subprocess.run([*pip, *dry, f"{wheel}[{extra}]" if extra else wheel], capture_output=True, text=True)
     if done.returncode:
         errors = re.findall(r"^ERROR: (.+)", done.stderr, re.MULTILINE)
         return Answer({}, errors[0] if errors else done.stderr.strip()[-300:])
-    found = {
-        item["metadata"]["name"].lower(): item["metadata"]["version"] for item in json.loads(done.stdout)["install"]
-    }
+    items = [item["metadata"] for item in json.loads(done.stdout)["install"]]
+    found = {item["name"].lower(): item["version"] for item in items}
     return Answer({name: found[name] for name in SHOWN if name in found}, "")
 
 
@@ -85,16 +91,17 @@ def main() -> int:
         return 1
     print("| extra | " + " | ".join(f"torch {torch}" for torch in TORCHES) + " |\n|---|" + "---|" * len(TORCHES))
     wrong = []
-    with tempfile.TemporaryDirectory(prefix="fa3-metadata-extras-") as name:
-        venv.create(name, with_pip=False)
+    with tempfile.TemporaryDirectory(prefix="fa3-metadata-extras-") as name, ThreadPoolExecutor(len(TORCHES)) as pool:
+        folder = pathlib.Path(name)
+        pip = empty_environment(folder / "empty")
+        _, wheel = build(folder)
         for extra, expected in EXPECTED.items():
-            cells = []
-            for torch, fitting in zip(TORCHES, expected, strict=True):
-                answer = resolve(extra, torch, pathlib.Path(name))
-                cells.append(", ".join(f"{package} {v}" for package, v in answer.versions.items()) or "refused")
+            answers = list(pool.map(functools.partial(resolve, pip, wheel, extra), TORCHES))
+            cells = [", ".join(f"{package} {v}" for package, v in one.versions.items()) or "refused" for one in answers]
+            print(f"| {extra or '(none)'} | " + " | ".join(cells) + " |", flush=True)
+            for torch, answer, fitting in zip(TORCHES, answers, expected, strict=True):
                 if why := problem(answer, fitting):
                     wrong.append(f"{extra or 'no extra'} with torch {torch}: {why}")
-            print(f"| {extra or '(none)'} | " + " | ".join(cells) + " |", flush=True)
     print(*wrong, sep="\n", end="\n" if wrong else "")
     return int(bool(wrong))
 
