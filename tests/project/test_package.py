@@ -13,6 +13,8 @@ from types import ModuleType
 import fa3_metadata
 import pytest
 
+from ..helpers.markdown_links import pages
+
 ROOT = pathlib.Path(__file__).parents[2]
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
 
@@ -50,6 +52,14 @@ def test_the_extras_that_an_index_is_asked_for_are_those_declared() -> None:
     assert extras.declared() == extras.EXPECTED.keys() - {""}
     assert {"sgl-kernel", "test", "docs"} < extras.declared()
     assert all(len(expected) == len(extras.TORCHES) for expected in extras.EXPECTED.values())
+
+
+def test_extras_that_are_named_are_there() -> None:
+    """In pages, and in what the commands say."""
+    files = [*pages(ROOT), *ROOT.glob("integration/**/*.py")]
+    named = {name for path in files for name in re.findall(r"fa3-metadata\[([\w,.-]+)\]", path.read_text())}
+    assert "plot" in named
+    assert {extra for one in named for extra in one.split(",")} <= script("extras").declared()
 
 
 def test_an_extra_that_comes_to_another_torch_is_noticed() -> None:
