@@ -44,7 +44,7 @@ def test_the_version_is_in_one_place() -> None:
 def test_the_oldest_setuptools_is_the_one_that_pyproject_asks_for() -> None:
     oldest = script("environment").OLDEST_SETUPTOOLS
     assert f'requires = ["setuptools>={oldest}"]' in PYPROJECT
-    assert f'"setuptools>={oldest}"]' in re.search(r"^package = .*$", PYPROJECT, re.MULTILINE)[0]  # type: ignore[index]
+    assert f'"setuptools>={oldest}"' in re.search(r"^package = .*$", PYPROJECT, re.MULTILINE)[0]  # type: ignore[index]
 
 
 def test_the_extras_that_an_index_is_asked_for_are_those_declared() -> None:
