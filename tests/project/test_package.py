@@ -34,9 +34,8 @@ def script(name: str) -> ModuleType:
 def test_the_version_is_in_one_place() -> None:
     assert 'dynamic = ["version"]' in PYPROJECT
     assert not re.search(r'^version = "', PYPROJECT, re.MULTILINE)
-    heading = re.search(
-        r"^## (\S+?)(, unreleased|, \d{4}-\d\d-\d\d)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE
-    )
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    heading = re.search(r"^## \[(\S+?)\] - (unreleased|\d{4}-\d\d-\d\d)$", changes, re.MULTILINE)
     assert heading is not None
     assert heading[1] == fa3_metadata.__version__
 
