@@ -23,10 +23,20 @@ lint:  ## ruff and mypy on both packages
 	@cp -r triton_kernels .venv/typed/fa3_metadata/  # the folders as the import names have them
 	@MYPYPATH=.venv/typed .venv/bin/python -m mypy -p fa3_metadata
 
+docs:  ## docs/ as a site in site/, every link checked; docs/api.md from the docstrings
+	@$(PYTHON) .ci/environment.py docs
+	@.venv/bin/python .ci/api_page.py --write
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --quiet --strict
+	@echo "docs: site/index.html"
+
+package:  ## wheel and sdist in dist/, tried in fresh environments
+	@$(PYTHON) .ci/environment.py test lint package
+	@.venv/bin/python .ci/package.py dist
+
 environment:
 	@$(PYTHON) .ci/environment.py test
 
 clean:  ## remove the environment and caches
-	rm -rf .venv .pytest_cache .hypothesis .mypy_cache .ruff_cache *.egg-info build
+	rm -rf .venv .pytest_cache .hypothesis .mypy_cache .ruff_cache *.egg-info build dist site
 
-.PHONY: help demo test bench lint environment clean
+.PHONY: help demo test bench lint docs package environment clean

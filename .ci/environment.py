@@ -36,6 +36,7 @@ STAMP = VENV / "made.json"  # what .venv was made for; with "pyproject" once all
 TORCH = "torch==2.13.0"
 INSTALL_TORCH = ("install", "-q", "--no-deps", "--force-reinstall", TORCH)  # over whatever is left of one
 CPU_INDEX = os.environ.get("TORCH_CPU_INDEX_URL", "https://download.pytorch.org/whl/cpu")
+OLDEST_SETUPTOOLS = 68  # that builds this project: pyproject.toml
 ALLOW_CUDA = os.environ.get("ALLOW_CUDA_TORCH", "0") not in ("", "0")
 
 LOOK = """
@@ -53,7 +54,6 @@ print(json.dumps({
     "torch": torch,
     "torch_folder": os.path.dirname(os.path.dirname(spec.origin)) if torch else None,
     "setuptools": version("setuptools"),
-    "wheel": version("wheel"),
     "packages": [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))],
 }))
 """
@@ -68,7 +68,6 @@ class Look:
     torch: str | None  # its version
     torch_folder: str | None
     setuptools: str | None
-    wheel: str | None
     packages: list[str]
 
 
@@ -301,9 +300,8 @@ def install_project(command: list[str], extras: list[str], around: bool) -> None
     if there is None or there.torch is None:
         stop("there is still no torch in it. `make clean`, then run the same command again.")
     say(f"installing this project with what it needs: {', '.join(extras)}")
-    setuptools = int((there.setuptools or "0").split(".")[0])
-    alone = setuptools > 70 or (setuptools >= 64 and there.wheel)  # then nothing is downloaded to build this project
-    isolation = ["--no-build-isolation"] if around and alone else []
+    alone = int((there.setuptools or "0").split(".")[0]) >= OLDEST_SETUPTOOLS
+    isolation = ["--no-build-isolation"] if around and alone else []  # then nothing is downloaded to build this project
     project = [*isolation, "-e", f"{ROOT}[{','.join(extras)}]", f"torch=={there.torch}"]  # this torch or none
     done = pip(command, "install", "-q", *project)
     if done.returncode == 0 and "lint" in extras and not (VENV / "bin" / "ruff").exists():

@@ -18,7 +18,11 @@ from .wheel_recordings import Recordings
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README, PAGE, GOLDENS = ROOT / "README.md", ROOT / "docs" / "builds.md", ROOT / "tests" / "data"
 BEGIN, END = "<!-- releases: python -m bench releases --write -->", "<!-- end of releases -->"
-EXTRAS = {"sgl": "sglang-kernel", "vllm": "vllm", "flash-attn": "flash-attn-3", "fa3-fwd": "fa3-fwd"}  # of pyproject
+EXTRAS = {  # package -> the extras of pyproject that bring it, the oldest versions first
+    "sgl-kernel": ("sgl-kernel",),
+    "sglang-kernel": ("sglang-kernel-torch29", "sglang-kernel-torch211", "sglang-kernel"),
+    "fa3-fwd": ("fa3-fwd",),
+}
 
 
 def table(releases: tuple[Release, ...] = RELEASES, recordings: Recordings | None = None) -> str:

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     flash_attn_with_kvcache: Callable[..., Any]
+    """The installed build's forward (vLLM's is `flash_attn_varlen_func`), wrapped by `wrap_forward` on first use.
+
+    Same signature. Raises `ImportError` where no FA3 is installed.
+    """
 
 __version__ = "0.1.0"
 __all__ = [

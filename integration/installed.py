@@ -22,6 +22,8 @@ SEARCH_ORDER = ("sglang-kernel", "sgl-kernel", "vllm", "flash-attn-3", "fa3-fwd"
 
 @dataclass(frozen=True)
 class DetectedBuild:
+    """The FA3 build that `build=None` means, and why: what `detect_build` returns."""
+
     build: str  # such as "sglang-kernel-0.4.2"
     reason: str
 

@@ -37,14 +37,15 @@ class MetadataPlan:
     the forward is handed the same numbers, so the two sides cannot disagree. `update` refreshes the buffer with one
     launch; `forward_arguments` gives what the forward needs and refuses a forward that the metadata was not made for.
 
-    Arguments are those of `get_scheduler_metadata`, and:
+    The arguments that are not listed are those of `get_scheduler_metadata`, and so is what is raised for mistakes.
+
+    Args:
         max_batch_size: the largest batch; the buffer is allocated for it.
         max_seqlen_k: the width of the forward's page table in tokens (`page_table.shape[1] * page_size`), or the
             length of its unpaged cache.
         device: where the lengths will be.
-        varying: the optional tensors that every `update` will be given, names among VARYING.
-
-    Raises what `get_scheduler_metadata` raises, for the same mistakes.
+        varying: the optional tensors that every `update` will be given: names among "cu_seqlens_q", "seqused_q",
+            "cu_seqlens_k_new" and "leftpad_k".
     """
 
     def __init__(
@@ -145,7 +146,7 @@ class MetadataPlan:
 
     @property
     def pack_gqa(self) -> bool:
-        """Likewise."""
+        """Whether the forward is told to pack q heads, for the same batch."""
         return self._latest.pack_gqa
 
     @property

@@ -11,6 +11,8 @@ from fa3_metadata.installed import SEARCH_ORDER, installed_version
 
 from bench.newer_torch import avoid_misread_tensors
 
+from .helpers.skips import summed_up
+
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
@@ -29,10 +31,16 @@ def pytest_report_header() -> list[str]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if HAS_GPU:
         return
-    skip = pytest.mark.skip(reason="no CUDA GPU on this machine")
+    skip = pytest.mark.skipif(True, reason="no CUDA GPU")
     for item in items:
         if item.get_closest_marker("gpu"):
-            item.add_marker(skip)
+            item.add_marker(skip, append=False)  # before any wheel that it needs besides
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = [report.longrepr for report in terminalreporter.stats.get("skipped", [])]
+    if line := summed_up(longrepr[2] for longrepr in skipped if isinstance(longrepr, tuple)):
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import socket
@@ -24,6 +25,7 @@ SCRIPT = pathlib.Path(__file__).resolve().parents[2] / ".ci" / "environment.py"
 VERSION = "{}.{}".format(*sys.version_info)
 BASE = pathlib.Path(sys.base_prefix)
 STDLIB = pathlib.Path(sysconfig.get_path("stdlib", vars={"installed_base": str(BASE), "base": str(BASE)}))
+SETUPTOOLS = re.findall(r'requires = \["(.*)"\]', (SCRIPT.parents[1] / "pyproject.toml").read_text())[0]
 REFUSED = "http://127.0.0.1:9/cpu"  # nothing listens on the discard port
 
 BACKEND = '''
@@ -387,11 +389,23 @@ def test_an_index_that_does_not_answer_costs_seconds(checkout: Checkout, python:
 def test_the_torch_of_this_python_is_used(checkout: Checkout, python: Python, tmp_path: pathlib.Path) -> None:
     python.with_torch(tmp_path / "more").install(tmp_path / "more", "tester", "1.0")
     python.install(tmp_path / "more", "setuptools", "80.0")
-    (checkout.folder / "pyproject.toml").write_text(PYPROJECT.replace("[]", '["setuptools>=68"]'))
+    (checkout.folder / "pyproject.toml").write_text(PYPROJECT.replace("[]", f'["{SETUPTOOLS}"]'))
     said = checkout.made(python, PIP_NO_INDEX="1")  # and nothing is downloaded
     assert "around its torch 2.11.0" in said
     assert checkout.torch() == f"2.11.0 {python.packages}/torch/__init__.py"
     assert checkout.value("import triton; print(triton.__file__)").startswith(str(python.packages))
+
+
+def test_a_setuptools_too_old_to_build_this_is_left_alone(
+    checkout: Checkout, python: Python, tmp_path: pathlib.Path
+) -> None:
+    python.with_torch(tmp_path / "more").install(tmp_path / "more", "tester", "1.0")
+    python.install(tmp_path / "more", "setuptools", "76.0")
+    (checkout.folder / "pyproject.toml").write_text(PYPROJECT.replace("[]", f'["{SETUPTOOLS}"]'))
+    assert f"requirement {SETUPTOOLS} (from versions: none)" in checkout.stopped(python, PIP_NO_INDEX="1")
+    newer = wheel(tmp_path / "newer", "setuptools", "80.0")
+    checkout.made(python, PIP_NO_INDEX="1", PIP_FIND_LINKS=str(newer.parent))
+    assert checkout.torch().startswith("2.11.0 ")
 
 
 def test_a_ruff_that_came_with_the_torch(checkout: Checkout, python: Python, tmp_path: pathlib.Path) -> None:
