@@ -113,7 +113,8 @@ def check_wheel(wheel: pathlib.Path) -> str:
     check(not strange, f"{wheel.name} would put {', '.join(sorted(strange))} beside the package")
     for group, line in ENTRY_POINTS.items():
         check(f"[{group}]\n{line}\n" in points, f"{wheel.name} does not declare {line} in {group}")
-    check(metadata["License-Expression"] == "Apache-2.0", "the wheel's licence is not said")
+    licence = "License :: OSI Approved :: Apache Software License"
+    check(licence in (metadata.get_all("Classifier") or ()), "the wheel's licence is not said")
     return f"{wheel.name}: {len(names)} files, {wheel.stat().st_size / 1e6:.1f} MB"
 
 

@@ -400,7 +400,7 @@ def test_a_setuptools_too_old_to_build_this_is_left_alone(
     checkout: Checkout, python: Python, tmp_path: pathlib.Path
 ) -> None:
     python.with_torch(tmp_path / "more").install(tmp_path / "more", "tester", "1.0")
-    python.install(tmp_path / "more", "setuptools", "76.0")
+    python.install(tmp_path / "more", "setuptools", "67.8")
     (checkout.folder / "pyproject.toml").write_text(PYPROJECT.replace("[]", f'["{SETUPTOOLS}"]'))
     assert f"requirement {SETUPTOOLS} (from versions: none)" in checkout.stopped(python, PIP_NO_INDEX="1")
     newer = wheel(tmp_path / "newer", "setuptools", "80.0")
