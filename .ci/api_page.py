@@ -67,7 +67,7 @@ def _entries(name: str, one: griffe.Object, level: int = 2) -> Iterator[str]:
     """What a name is and, below it, its public members."""
     yield f"{'#' * level} `{name}`\n"
     if not one.is_module:
-        yield f"```python\n{_signature(name.rpartition('.')[2], one)}\n```\n"
+        yield f"```py\n{_signature(name.rpartition('.')[2], one)}\n```\n"
     yield from _sections(one)
     if one.is_class or one.is_module:
         for member in one.members.values():

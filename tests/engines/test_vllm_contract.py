@@ -235,7 +235,7 @@ def test_a_rename_in_a_source_is_noticed(change: Callable[[str], str], wanted: s
 
 def test_wheels(monkeypatch: pytest.MonkeyPatch) -> None:
     if not (where := os.environ.get(WHEELS_VARIABLE)):
-        pytest.skip(f"no vLLM wheel: set {WHEELS_VARIABLE}=index, or to a folder of wheels")
+        pytest.skip(f"no wheel of vllm: set {WHEELS_VARIABLE}=index, or to a folder of wheels")
     for wheel in wheels(where):
         record = wheel.record()
         if adapter.why_not(record["facts"].get, f"vllm-{wheel.version}")[1] is None:
