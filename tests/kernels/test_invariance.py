@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ import torch
 from fa3_metadata.triton_kernels import invariance
 from fa3_metadata.triton_kernels.builds import RELEASES, SGLANG, UPSTREAM, VLLM, FA3Rules, rules_for
 from fa3_metadata.triton_kernels.invariance import VarianceError
-from fa3_metadata.triton_kernels.plan import _most_queries, _planned, make_plan
+from fa3_metadata.triton_kernels.plan import _most_queries, _planned, make_plan, plan_like, sizes_alone_differ
 from fa3_metadata.triton_kernels.problem import Problem
 from fa3_metadata.triton_kernels.reference import Lengths, blocks_read, sequence_blocks, splits_of
 
@@ -81,16 +82,17 @@ def drawn(rng: random.Random, kind: Kind, keys: int) -> tuple[Problem, Lengths, 
     batch = rng.choice([1, 2, 5, 31, 32, 100, 128, 256, 500, 991, 992, 993, 1500, rng.randint(1, 1500)])
     place, ragged = rng.randrange(batch), len(kind.others) > 1
     some = rng.sample(kind.others, rng.randint(1, len(kind.others)))  # so that not every batch has the longest
-    queries = np.array([rng.choice(some) for _ in range(batch)], np.int32)
+    numbers = np.random.default_rng(rng.getrandbits(32))
+    queries = numbers.choice(some, batch).astype(np.int32)
     queries[place] = kind.queries
     longest = rng.choice([500, 3000, 30000, 200000])
-    lengths = np.array([max(int(q), rng.randint(1, longest)) for q in queries], np.int32)
+    lengths = np.maximum(queries, numbers.integers(1, longest, batch, np.int32))
     lengths[place] = keys
     width = rng.choice([int(lengths.max()), int(lengths.max()), 20480, 131072, WIDE])
     width = max(width, int(lengths.max()), kind.table) + kind.appended
     more: dict[str, Any] = {}
     if kind.leftpad:
-        more["leftpad_k"] = np.array([rng.randint(0, n // 2) for n in lengths], np.int32)
+        more["leftpad_k"] = numbers.integers(0, lengths // 2 + 1, dtype=np.int32)
         more["leftpad_k"][place] = keys // 3
     if ragged:
         more["cu_seqlens_q"] = np.concatenate([[0], np.cumsum(queries)]).astype(np.int32)
@@ -276,6 +278,20 @@ def test_sizes_that_share_a_plan_are_those_that_are_not_refused() -> None:
         else:
             with pytest.raises(VarianceError):
                 fa3_metadata.get_scheduler_metadata(**asked)
+
+
+@pytest.mark.parametrize("build", TELLABLE)
+def test_plans_are_shared_by_the_sizes_that_they_are_the_same_for(build: str) -> None:
+    rules, shared = rules_for(BUILDS[build]), 0
+    for change in ({}, {"window_size": (1023, 0)}, {"num_splits": 16}, {"has_cu_seqlens_q": True, "max_seqlen_q": 4}):
+        problem = Problem(8, **DECODE | PROMISE | change)
+        plan = make_plan(problem, rules)
+        for batch, width in itertools.product((1, 8, 300, 992, 993, 1500), (500, 1024, 8192, 131072)):
+            other = replace(problem, batch_size=batch, max_seqlen_k=width)
+            if sizes_alone_differ(plan, problem, batch, width):
+                assert plan_like(plan, problem, batch, width) == make_plan(other, rules)
+                shared += 1
+    assert shared > 20
 
 
 def test_a_refusal_keeps_no_frames_alive() -> None:
