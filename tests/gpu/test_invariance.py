@@ -67,7 +67,9 @@ KINDS = {
     "mla": Kind(16, 1, 64, 512, needs=("mla",), most=500),
     "narrow window": Kind(more={"window_size": (127, 0)}, needs=("window",), pages=4),
     "window": Kind(16, 2, more={"window_size": (4095, 0)}, needs=("window",), pages=65),
-    "window that may be over all": Kind(more={"window_size": (4095, 0)}, needs=("window",), may_be_refused=True),
+    "window that may be over all": Kind(
+        more={"window_size": (4095, 0)}, needs=("window",), may_be_refused=True, most=900
+    ),
     "chunk": Kind(more={"attention_chunk": 2048}, needs=("chunk",)),
     "given bound": Kind(more={"num_splits": 16}),
     "one split": Kind(more={"num_splits": 1}),
@@ -88,6 +90,7 @@ KINDS = {
 SERVED = [
     name for name, kind in KINDS.items()
     if set(kind.needs) <= set(ASKED) and (HAS_PAGED_AND_LOCAL or not kind.paged)
+    and not (name == "prefill" and PACKAGE == "vllm")  # whose queries are all called ragged
 ]  # fmt: skip
 LENGTHS = (1, 300, 2000, 12000)
 
