@@ -84,25 +84,30 @@ def make_plan(problem: Problem, rules: FA3Rules) -> LaunchPlan:
     batch invariant: see invariance.py.
     """
     plan = _planned(problem, rules)
-    if problem.batch_invariant and (error := variance_of(problem, rules)) is not None:
-        raise invariance.VarianceError(*error.args)  # the cached one would keep the frames that it was raised in
+    if problem.batch_invariant and (error := _variance(problem, plan)) is not None:
+        raise error
     return plan
 
 
 @lru_cache(maxsize=4096)
 def variance_of(problem: Problem, rules: FA3Rules) -> invariance.VarianceError | None:
-    """Why a call that asks to be batch invariant is not; None: it is. Raises `ValueError` as `make_plan` does."""
-    plan = _planned(problem, rules)
-    return (
+    """Why a call that asks to be batch invariant is not; None: it is. Raises `ValueError` as `make_plan` does.
+
+    The answer is remembered: who raises it raises a copy, as it would keep the frames that it was raised in.
+    """
+    return _variance(problem, _planned(problem, rules))
+
+
+def _variance(problem: Problem, plan: LaunchPlan) -> invariance.VarianceError | None:
+    found = (
         invariance.cannot_tell(problem, plan)
         or invariance.too_many_sequences(problem, plan, MAX_DYNAMIC_SPLIT_BATCH)
         or invariance.window_is_lost(problem, plan, _normalise_mask(invariance.in_widest_table(problem))[1])
-        or (
-            invariance.too_many_queries(problem, _most_queries(invariance.of_one_query(problem), rules))
-            if invariance.is_ragged(problem)
-            else None
-        )
     )
+    if found is None and invariance.is_ragged(problem):
+        most = _most_queries(invariance.of_one_query(problem), plan.rules)
+        found = invariance.too_many_queries(problem, most)
+    return found
 
 
 @lru_cache(maxsize=1024)
@@ -114,7 +119,6 @@ def _most_queries(one: Problem, rules: FA3Rules) -> int:
     )
 
 
-@lru_cache(maxsize=4096)
 def _planned(problem: Problem, rules: FA3Rules) -> LaunchPlan:
     """The plan itself, batch invariant or not."""
     if reason := unsupported_reason(rules, problem):
