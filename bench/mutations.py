@@ -103,8 +103,8 @@ PLAN = (
     Mutation(
         "prefill-is-fa3s",
         f"{_KERNELS}/plan.py",
-        "and 0 <= query_rows <= MAX_BALANCED_M_BLOCKS * block_m",
-        "and query_rows <= MAX_BALANCED_M_BLOCKS * block_m",
+        "is_decode = 0 <= query_rows <= MAX_BALANCED_M_BLOCKS * block_m",
+        "is_decode = query_rows <= MAX_BALANCED_M_BLOCKS * block_m",
         "query rows that have wrapped are a prefill, which the policy must leave to FA3's rule",
         ("tests/calls/test_plan_edges.py::test_more_than_eight_query_blocks_are_a_prefill",),
     ),
@@ -127,7 +127,7 @@ PLAN = (
     Mutation(
         "bound-that-depends-on-the-batch",
         f"{_KERNELS}/plan.py",
-        "if not problem.num_splits:  # a bound that depends on the batch size",
+        "if not (problem.num_splits or problem.batch_invariant):  # a bound that depends on the batch size",
         "if False:",
         "a batch would get the bound of another one, which its forward does not come to",
         ("tests/builds/test_bounds.py::test_what_sizes_share_has_the_same_bound",),
@@ -421,7 +421,7 @@ BUILDS = (
     ),
     Mutation(
         "invariant-needs-a-told-forward",
-        f"{_KERNELS}/builds.py",
+        f"{_KERNELS}/invariance.py",
         "not (problem.forward_is_told or problem.num_splits):",
         "not (problem.forward_is_told or True):",
         "splits that were promised not to depend on the batch would",
@@ -434,6 +434,57 @@ BUILDS = (
         "return 2**31 - 1 if True",
         "above 992 sequences an old forward splits all alike, as many times as our policy told it",
         ("tests/builds/test_bounds.py::test_a_balanced_plan_beyond_what_the_metadata_splits",),
+    ),
+)
+
+INVARIANCE = (
+    Mutation(
+        "invariant-batches-of-any-size",
+        f"{_KERNELS}/invariance.py",
+        "if problem.batch_size <= most or plan.rules.splits_beyond_992 or plan.num_splits == 1:",
+        "if True:",
+        "a sequence has 11 splits among 992, and one among 993, although the same bits were promised",
+        ("tests/kernels/test_invariance.py::test_what_cannot_be_is_refused",),
+    ),
+    Mutation(
+        "invariant-windows-of-any-width",
+        f"{_KERNELS}/invariance.py",
+        "if plan.is_local == is_local_in_widest_table:",
+        "if True:",
+        "the longest neighbour would decide whether a window is one",
+        ("tests/kernels/test_invariance.py::test_what_cannot_be_is_refused",),
+    ),
+    Mutation(
+        "invariant-beside-prefills",
+        f"{_KERNELS}/invariance.py",
+        "    if problem.max_seqlen_q <= most:",
+        "    if True:",
+        "a decode row beside a prefill would run in another kernel",
+        ("tests/kernels/test_invariance.py::test_what_cannot_be_is_refused",),
+    ),
+    Mutation(
+        "invariant-bound-of-this-table",
+        f"{_KERNELS}/invariance.py",
+        "return unchecked_replace(in_widest_table(problem), batch_size=1, max_seqlen_q=1, total_q=None)",
+        "return unchecked_replace(problem, batch_size=1, max_seqlen_q=1, total_q=None)",
+        "the width of the page table would choose the kernel that combines splits",
+        ("tests/kernels/test_invariance.py::test_a_sequence_is_scheduled_alike_in_any_company",),
+    ),
+    Mutation(
+        "invariant-within-steps-alone",
+        "integration/wrapper.py",
+        "        if scope is None and batch_invariant:",
+        "        if False:",
+        "a layer outside of step() would have FA3's splits, which depend on the batch",
+        ("tests/calls/test_wrapper_invariance.py::test_outside_of_a_step_too",),
+    ),
+    Mutation(
+        "invariant-windows-of-vllm",
+        "integration/wrapper.py",
+        "                asked = asked.with_its_window()",
+        "                pass",
+        "every batch of vLLM's with no context longer than the window would lose the promise",
+        ("tests/calls/test_wrapper_invariance.py::test_a_window_is_kept_where_a_number_says_the_width",),
     ),
 )
 
@@ -1143,6 +1194,6 @@ PLANS = (
 )
 
 MUTATIONS: tuple[Mutation, ...] = (
-    *BLOCKS, *KERNEL, *LAUNCH, *PLAN, *BUILDS, *LAYOUT, *PROBLEM, *DRIVER, *TABLES, *REFERENCE,
+    *BLOCKS, *KERNEL, *LAUNCH, *PLAN, *BUILDS, *INVARIANCE, *LAYOUT, *PROBLEM, *DRIVER, *TABLES, *REFERENCE,
     *SCHEDULES, *PLANS, *CALLS, *ARGUMENTS, *WRAPPER, *INSTALL, *ENGINES,
 )  # fmt: skip

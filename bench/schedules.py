@@ -3,6 +3,7 @@
     python -m bench schedules                     # the named workloads
     python -m bench schedules --suite random      # others, drawn at random, that nobody looked at
     python -m bench schedules --sm-margin 54      # a card with 54 SMs less
+    python -m bench schedules --invariant         # and what batch invariance costs
 
 Each workload is measured as FA3 without metadata (it makes its own in every layer), with FA3's metadata, with policy
 "balanced", and with every uniform number of key blocks per split; the best of those is the oracle. All are captured
@@ -12,6 +13,8 @@ region is a replay; the metadata is made outside of it except in the first case.
 Before it, outside of it, L2 is emptied by reading, the same graph is replayed over other pages, and the page tables are
 switched. So the KV comes from memory, as in serving, while the graph itself is near: after a flush alone every kernel
 of a graph waits for its parameters and code first, which a layer of two kernels pays twice and one of one pays once.
+With --invariant they are measured with batch_invariant=True, too, and with one split for every sequence, which engines
+ask for where bits must not depend on the batch.
 With --among-weights every layer follows a matrix times a vector, 50 MB of weights, whose time is subtracted: what a
 layer adds to a decode step.
 
@@ -28,6 +31,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -39,6 +43,7 @@ from fa3_metadata.api import plan_call
 from fa3_metadata.installed import load_forward
 from fa3_metadata.tools.timing import Captured, gpu_facts, graph_sampler, interleaved, middle, summary
 from fa3_metadata.triton_kernels.card import peak_gb_s
+from fa3_metadata.triton_kernels.invariance import VarianceError
 from fa3_metadata.triton_kernels.plan import make_plan
 from fa3_metadata.triton_kernels.reference import Lengths, blocks_read, metadata_of_splits, sequence_blocks
 
@@ -51,6 +56,7 @@ WEIGHTS = (8, 8192, 3072)  # matrices of 50 MB
 PARTIAL_BYTES = 1 << 30  # the oracle's partial outputs are kept below
 LAUNCHED = (1, 32, 64, 128, 192, 256, 512, 992, 1024, 8192)  # sequences
 COMPARED = ("none", "fa3", "balanced")
+INVARIANT, ONE_SPLIT = "invariant", "one split"
 SUITES = {"named": SUITE, "random": RANDOM_SUITE}
 TOLERANCE = {"bfloat16": 0.02, "float8_e4m3fn": 0.05}  # relative, of the norm
 
@@ -121,11 +127,20 @@ class Layers:
         self.tables.copy_(self._sets[pages])
 
 
-def policy_variant(layers: Layers, policy: str) -> dict[str, Any]:
+def policy_variant(layers: Layers, policy: str, **more: Any) -> dict[str, Any]:
     """The forward's arguments that go with our metadata of this policy."""
-    metadata = fa3_metadata.get_scheduler_metadata(**layers.problem, policy=policy)
-    layout = fa3_metadata.metadata_layout(**layers.problem, policy=policy)
+    asked = layers.problem | {"policy": policy} | more
+    metadata = fa3_metadata.get_scheduler_metadata(**asked)
+    layout = fa3_metadata.metadata_layout(**asked)
     return {"scheduler_metadata": metadata, "num_splits": layout.num_splits, "pack_gqa": layout.pack_gqa}
+
+
+def invariant_variants(layers: Layers) -> dict[str, dict[str, Any]]:
+    """Two ways to make a sequence's bits its own. Ours is left out where it is refused."""
+    found = {ONE_SPLIT: policy_variant(layers, "fa3", num_splits=1)}
+    with suppress(VarianceError):  # a window over the whole page table
+        found[INVARIANT] = policy_variant(layers, "balanced", batch_invariant=True)
+    return found
 
 
 def uniform_variants(layers: Layers, w: Workload) -> dict[str, dict[str, Any]]:
@@ -156,12 +171,13 @@ def uniform_variants(layers: Layers, w: Workload) -> dict[str, dict[str, Any]]:
 
 def measure(
     w: Workload, forward: Callable[..., torch.Tensor], rounds: int, sweep: bool, among_weights: bool = False,
-    sm_margin: int = 0,
+    sm_margin: int = 0, invariant: bool = False,
 ) -> Result:  # fmt: skip
     """Times of every variant. Raises `RuntimeError` where a variant's output is wrong."""
     layers = Layers(w, sm_margin)
     variants: dict[str, dict[str, Any]] = {"none": {}}
     variants |= {policy: policy_variant(layers, policy) for policy in ("fa3", "balanced")}
+    variants |= invariant_variants(layers) if invariant else {}
     variants |= uniform_variants(layers, w) if sweep else {}
     expected = None
     for name, more in variants.items():
@@ -262,6 +278,19 @@ def report(results: list[Result]) -> None:
         print(f"balanced takes {ours:.4f} x the oracle's time, up to 992; within 3 % of it: {near} of {len(swept)}")
 
 
+def report_price(results: list[Result]) -> None:
+    """What batch invariance costs: a row a workload, then means, against one split for all and FA3's metadata."""
+    some = [r for r in results if INVARIANT in r.times]
+    print(f"{'batch invariance, us a layer':46s}{'ours':>9s}{'one split':>11s}{'fa3':>9s}{'balanced':>10s}")
+    for r in some:
+        ours, one, fa3, free = (r.median(name) for name in (INVARIANT, ONE_SPLIT, "fa3", "balanced"))
+        print(f"{r.workload.name:46s}{ours:9.2f}{one:11.2f}{fa3:9.2f}{free:10.2f}")
+    for name in (ONE_SPLIT, "fa3", "balanced"):
+        ratios = [r.median(INVARIANT) / r.median(name) for r in some]
+        print(f"it takes {statistics.geometric_mean(ratios):.3f} x the time of {name}, from {min(ratios):.3f} x to "
+              f"{max(ratios):.3f} x")  # fmt: skip
+
+
 def launch_times(device: str = "cuda") -> dict[int, dict[str, float]]:
     """Microseconds of a metadata launch by policy, for decode over a paged cache of 8/1 heads, by batch size."""
     found = {}
@@ -311,6 +340,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--no-sweep", action="store_true", help="leave out the oracle")
     parser.add_argument("--among-weights", action="store_true", help="each layer after a matrix times a vector")
     parser.add_argument("--suite", choices=SUITES, default="named", help="which workloads (default: named)")
+    parser.add_argument("--invariant", action="store_true", help="measure batch-invariant schedules, and one split")
     parser.add_argument("--sm-margin", type=int, default=0, help="SMs that the forward leaves alone: a smaller card")
     parser.add_argument("--csv", type=pathlib.Path, help="write all times there; in a folder, to a file of this card's")
     options = parser.parse_args(argv)
@@ -331,10 +361,12 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{options.suite} suite on {num_sms - options.sm_margin} of {num_sms} SMs; the memory's peak bandwidth is "
           f"{peak_gb_s(gpu) or math.nan:.0f} GB/s", flush=True)  # fmt: skip
     for w in chosen:
-        more = options.rounds, not options.no_sweep, options.among_weights, options.sm_margin
+        more = options.rounds, not options.no_sweep, options.among_weights, options.sm_margin, options.invariant
         results.append(measure(w, forward, *more))
         torch.cuda.empty_cache()
     report(results)
+    if any(INVARIANT in r.times for r in results):
+        report_price(results)
     if not options.only:
         for batch, times in launch_times().items():
             fa3, ours = times["fa3"], times["balanced"]

@@ -101,10 +101,11 @@ def get_scheduler_metadata(
             the reference).
         arch: compute capability as 10 * major + minor: 80, 86, 89 or 90. None: that of the device, 90 on CPU.
         num_sms: SMs of the device. None: those of the device, 132 on CPU.
-        batch_invariant: with "balanced", the splits of a sequence depend on its own length alone, so that its
-            attention has the same bits whatever else is in the batch; vLLM's builds take splits for up to 992
-            sequences. Calls of more than 8 query blocks a sequence (prefills) follow FA3's rule whatever the policy,
-            and are not invariant.
+        batch_invariant: with "balanced", the bits of a sequence's attention depend on its own queries and keys alone,
+            whatever else is in the batch: triton_kernels/invariance.py says on which facts of a call that stands. A
+            call for which it would not hold is refused: ragged queries of so many tokens that FA3 takes another
+            kernel, a window over the whole of max_seqlen_k, more than 992 sequences for vLLM's builds, a forward that
+            is not told num_splits. Calls of more than 8 query blocks a sequence (prefills) are not split.
         max_partial_bytes: with "balanced" and num_splits 0, what the forward's partial outputs may take; not applied
             with `batch_invariant`.
         total_q: with ragged queries, q.shape[0] of the forward, which the bound on splits of sglang-kernel 0.4.5 and

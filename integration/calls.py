@@ -129,6 +129,17 @@ class ForwardCall(NamedTuple):
             keep(_problems, _MOST_PROBLEMS, key, found)
         return found
 
+    def with_its_window(self) -> ForwardCall:
+        """The call under a window that FA3 does not take for none, where a number says how wide the page table is.
+
+        So vLLM's forward: it is told the longest length of the batch, and goes by it in nothing else that matters.
+        """
+        left = -1 if self.window_size is None else self.window_size[0]
+        longest = self.max_seqlen_k
+        if left < 0 or type(longest) is not int or self.page_table is None or left < longest - 1:
+            return self
+        return self._replace(max_seqlen_k=left + 2)
+
     def _make_problem(self, window: tuple[int, ...], arch: int, num_sms: int, counts_queries: bool) -> Problem:
         ragged = self.cu_seqlens_q is not None
         return Problem(

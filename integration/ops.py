@@ -91,12 +91,12 @@ def _(*args: Any, **kwargs: Any) -> torch.Tensor:
     def layout(batch: int) -> Any:
         return layout_at(batch, longest)
 
-    few, many = layout(1), layout(MAX_DYNAMIC_SPLIT_BATCH + 1)
     # The bound on splits of the policy, and that of some builds, depends on the batch size. So do, with it, vLLM's rows
     # and whether there is a semaphore on sm_8x.
     _, problem, rules, _ = plan_at(1, longest)
     if problem.policy != "fa3" or (problem.arch < 90 and rules.splits_count != "one_sequence"):
         return lengths.new_empty(layout(_plain(batch_size)).size, dtype=torch.int32)
+    few, many = layout(1), layout(MAX_DYNAMIC_SPLIT_BATCH + 1)
     # In this order, so that the batch size is guarded only where it matters.
     if len(few.row_names) != len(many.row_names) and batch_size > MAX_DYNAMIC_SPLIT_BATCH:
         few = many

@@ -13,6 +13,7 @@ from .calls import ForwardCall
 from .installed import resolve_build
 from .schedules import Schedules, Step, keep, load_launch, place
 from .triton_kernels.builds import MAX_DYNAMIC_SPLIT_BATCH
+from .triton_kernels.invariance import VarianceError
 from .triton_kernels.layout import padded
 from .triton_kernels.plan import LaunchPlan, batch_sizes_of_other_plans, make_plan
 from .triton_kernels.problem import DEFAULT_PARTIAL_BYTES, Problem, checked_int, unchecked_replace
@@ -116,6 +117,11 @@ class MetadataPlan:
             max_partial_bytes=max_partial_bytes,
         )
         self._bound = num_splits
+        try:
+            make_plan(self.problem, self._rules)
+        except VarianceError as error:
+            name = "max_batch_size" if error.argument == "batch_size" else error.argument
+            raise VarianceError(name, error.reason) from None
         largest_served = min(max_batch_size, self._rules.most_split_by_metadata)
         served = make_plan(replace(self.problem, batch_size=largest_served), self._rules)
         if served.costs is not None and "num_splits" not in self._not_taken:  # "balanced": one bound for every batch

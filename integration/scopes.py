@@ -28,8 +28,8 @@ class Made:
     nodes: frozenset[int] = frozenset()  # of the graph that is captured: those known not to have written `inputs` since
 
 
-# To a call: the metadata, and what the forward is handed. None: nothing, and it is passed through.
-Answer = tuple[Made, dict[str, Any]] | None
+# To a call: the metadata, if there is any for it, and what the forward is handed. None: nothing, it is passed through.
+Answer = tuple[Made | None, dict[str, Any]] | None
 
 
 @dataclass(eq=False)

@@ -51,7 +51,7 @@ VARIABLES = (
         "plugin",
     ),
     Variable(
-        BATCH_INVARIANT_VARIABLE, "SGLang: splits by a sequence's own length alone; needs policy balanced", "0",
+        BATCH_INVARIANT_VARIABLE, "SGLang: bits by a sequence's own lengths alone; needs policy balanced", "0",
         _SWITCH, "plugin",
     ),
     Variable(

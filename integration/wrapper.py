@@ -20,6 +20,8 @@ from .schedules import step_of
 from .scopes import Answer, Made, Scope, current_scope
 from .settings import is_disabled
 from .triton_kernels.builds import FA3Rules
+from .triton_kernels.invariance import VarianceError
+from .triton_kernels.plan import variance_of
 from .triton_kernels.problem import DEFAULT_PARTIAL_BYTES, Problem, unchecked_replace
 
 _log = logging.getLogger("fa3_metadata")
@@ -88,7 +90,11 @@ def wrap_forward(
 
     Under policy "balanced" the bound of splits, too, is ours, and it is the one that the forward is handed, so that it
     has room for every split; where the call gives a `num_splits`, that stays the bound. What passes through has FA3's
-    own schedule, so `batch_invariant` holds only within a capture or a `step()`.
+    own schedule.
+
+    With `batch_invariant` a call outside of `step()` gets metadata, too, which it shares with none. What cannot be
+    invariant (triton_kernels/invariance.py) passes through with one split for every sequence, unless it gives a
+    `num_splits` or metadata, and a warning says so once for each reason: a server goes on.
 
     Args:
         forward: the callable, from any module. One that is wrapped already is returned as it is, and so is any where
@@ -115,16 +121,29 @@ def wrap_forward(
         return forward
     takes = {name for name in ("num_splits", "pack_gqa") if name in parameters}
     told = "num_splits" in takes
-    if batch_invariant and rules.bound_depends_on_batch and not told:
+    if batch_invariant and not (told and "num_splits" not in rules.forward_lacks):
         raise ValueError(f"batch_invariant must be False for a forward of {build} that takes no num_splits")
     said: set[str] = set()
     keys = CallKeys(defaults)
+
+    def leave(reason: str, kind: str, call: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Say once why a call is left to FA3; what it is given all the same."""
+        if kind not in said:
+            said.add(kind)
+            if batch_invariant:
+                _log.warning("%s is called in a way that is not batch invariant: %s. It is left to FA3, with one split "
+                             "unless it gives num_splits or metadata", forward.__name__, reason)  # fmt: skip
+            else:
+                _log.debug("%s is called without our metadata: %s", forward.__name__, reason)
+        return {"num_splits": 1} if batch_invariant and call is not None and not call.get("num_splits") else {}
 
     @functools.wraps(forward)
     def with_metadata(*args: Any, **kwargs: Any) -> Any:
         capturing = _has_cuda() and torch.cuda.is_current_stream_capturing()
         capture = Capture.current() if capturing else None
         scope = None if capturing and capture is None else current_scope(capture)
+        if scope is None and batch_invariant:
+            scope = Scope()  # of this call alone
         if scope is None:
             return forward(*args, **kwargs)
         if capture is None:
@@ -138,14 +157,18 @@ def wrap_forward(
     def attend(scope: Scope, capture: Capture | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = dict(zip(names, args, strict=False)) | kwargs if args else kwargs
         if call.get("scheduler_metadata") is not None or len(call) < len(args) + len(kwargs):
+            if batch_invariant and call.get("scheduler_metadata") is not None:
+                leave("it brings scheduler_metadata, whose schedule is not known", "scheduler_metadata")
             return forward(*args, **kwargs)  # which also says what is wrong with surplus arguments, or one given twice
         scope.enter_layer(call.get("k_cache", call.get("k")))
         stream = _stream_of(call.get("q"))
         key = keys.of(call, (stream, torch.is_inference_mode_enabled()))
         answer = scope.answers.get(key, _UNKNOWN)
-        if answer is _UNKNOWN or (answer and capture and _may_be_written(answer[0], scope, capture)):
+        made = answer[0] if answer else None
+        if answer is _UNKNOWN or (made and capture and _may_be_written(made, scope, capture)):
             answer = make(scope, capture, call, stream)
-            if answer is None or capture is not None or _stays(answer[0].inputs, scope):
+            made = answer[0] if answer else None
+            if made is None or capture is not None or _stays(made.inputs, scope):
                 scope.answer(key, answer)
         if answer is None:
             return forward(*args, **kwargs)
@@ -153,14 +176,22 @@ def wrap_forward(
         return forward(**call)
 
     def make(scope: Scope, capture: Capture | None, call: dict[str, Any], stream: tuple[int, int]) -> Answer:
+        asked: ForwardCall | None = None
         try:
-            made = _find_or_make(scope, capture, stream, ForwardCall.read(call, defaults), rules, chosen, told)
+            asked = ForwardCall.read(call, defaults)
+            if batch_invariant:
+                asked = asked.with_its_window()
+            made = _find_or_make(scope, capture, stream, asked, rules, chosen, told)
+        except VarianceError as error:
+            return None, leave(str(error), error.argument, call)
         except (NotImplementedError, TypeError, ValueError) as error:  # the forward knows better what is wrong
-            if str(error) not in said:
-                said.add(str(error))
-                _log.debug("%s is called without our metadata: %s", forward.__name__, error)
-            return None
-        return made, {"scheduler_metadata": made.metadata} | {name: getattr(made.plan.layout, name) for name in takes}
+            is_fa3 = asked is not None and asked.version == 3
+            one_split = leave(str(error), str(error), call if is_fa3 else None)
+            return (None, one_split) if one_split else None
+        ours: dict[str, Any] = {"scheduler_metadata": made.metadata}
+        if asked.max_seqlen_k is not call.get("max_seqlen_k"):
+            ours["max_seqlen_k"] = asked.max_seqlen_k
+        return made, ours | {name: getattr(made.plan.layout, name) for name in takes}
 
     with_metadata.__fa3_metadata__ = Wrapping(chosen, build, rules)  # type: ignore[attr-defined]
     return with_metadata
@@ -189,6 +220,8 @@ def _find_or_make(
     key = (rules, problem, tuple(map(identity, inputs)), stream)
     made = scope.made.get(key)
     if made is None or (_may_be_written(made, scope, capture) if capture else not _stays(inputs, scope)):
+        if chosen.batch_invariant and (variance := variance_of(problem, rules)) is not None:
+            raise VarianceError(*variance.args)  # for each layer: sooner than a plan would
         tensors.check(problem.batch_size)
         its_step = step_of(problem, rules)
         metadata = torch.empty(its_step.sizes[0], dtype=torch.int32, device=asked.device)

@@ -137,13 +137,7 @@ def balanced_num_splits(
 ) -> int:
     """The bound on splits, from static facts alone; `fa3` is what FA3's heuristic says."""
     tiles = max(1, tiles_of_a_sequence)
-    # Splits that let the longest sequence fill the SMs; the combine kernel's cost rises at powers of two.
-    useful = max(_MIN_COMBINE_SPLITS, 1 << (fa3 - 1).bit_length())
-    if problem.value_headdim <= 64:  # a combine kernel whose cost grows fast with the bound
-        useful = _MIN_COMBINE_SPLITS
-    useful = min(useful, _MAX_SPLITS, max(num_n_blocks, 1))
-    if problem.batch_invariant:  # the bound, too, must not depend on the batch
-        return useful
+    useful = min(_useful_splits(problem, fa3), max(num_n_blocks, 1))
     rows = problem.batch_size * problem.max_seqlen_q * problem.num_heads
     if fa3 == 1 and not _pays(costs, problem.batch_size * tiles, num_n_blocks, num_sms, rows):
         return 1  # a single split needs no combine kernel
@@ -162,6 +156,21 @@ def _pays(costs: Costs, tiles: int, num_n_blocks: int, num_sms: int, rows: int) 
     splits = range(2, min(num_n_blocks, num_sms // max(tiles, 1)) + 1)
     combine = _COMBINE_IN_SPLITS + rows * _ROW_IN_SPLITS
     return any(time(some) + costs.per_split * (some + combine) < time(1) for some in splits)
+
+
+def invariant_num_splits(problem: Problem, num_n_blocks: int, fa3: int) -> int:
+    """The bound on splits of every batch of a layer; `num_n_blocks` and `fa3` must be the same for all of them.
+
+    A window of few key blocks is never split into more than it has room for, at the fewest key blocks of a split.
+    """
+    return min(_useful_splits(problem, fa3), -(-(num_n_blocks + 1) // _LEAST_INVARIANT))
+
+
+def _useful_splits(problem: Problem, fa3: int) -> int:
+    """Splits that let the longest sequence fill the SMs; the combine kernel's cost rises at powers of two."""
+    if problem.value_headdim <= 64:  # a combine kernel whose cost grows fast with the bound
+        return _MIN_COMBINE_SPLITS
+    return min(max(_MIN_COMBINE_SPLITS, 1 << (fa3 - 1).bit_length()), _MAX_SPLITS)
 
 
 @lru_cache(maxsize=64)

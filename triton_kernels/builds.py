@@ -262,8 +262,6 @@ def unsupported_reason(rules: FA3Rules, problem: Problem) -> str | None:
         return f"arch must be 90 for the {rules.name} build, got {problem.arch}"
     if problem.attention_chunk and not rules.has_attention_chunk:
         return f"attention_chunk must be 0 for the {rules.name} build, got {problem.attention_chunk}"
-    if problem.batch_invariant and rules.bound_depends_on_batch and not (problem.forward_is_told or problem.num_splits):
-        return f"batch_invariant must be False for the {rules.name} build unless the forward is told num_splits"
     return None
 
 

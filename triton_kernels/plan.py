@@ -13,7 +13,8 @@ from typing import TypeAlias
 
 import numpy as np
 
-from .balance import Costs, balanced_num_splits, costs_of
+from . import invariance
+from .balance import Costs, balanced_num_splits, costs_of, invariant_num_splits
 from .builds import MAX_DYNAMIC_SPLIT_BATCH, MIB, FA3Rules, unsupported_reason
 from .layout import MetadataLayout
 from .problem import SHORT_LIMIT, Problem, unchecked_replace
@@ -85,7 +86,49 @@ class LaunchPlan:
 
 @lru_cache(maxsize=4096)
 def make_plan(problem: Problem, rules: FA3Rules) -> LaunchPlan:
-    """The launch plan of `problem` under `rules`. Raises `ValueError` for what that build has no kernels for."""
+    """The launch plan of `problem` under `rules`.
+
+    Raises `ValueError` for what that build has no kernels for, and `VarianceError`, one of its kind, for what cannot be
+    batch invariant: see invariance.py.
+    """
+    plan = _planned(problem, rules)
+    if problem.batch_invariant and (error := _variance(problem, plan)) is not None:
+        raise error
+    return plan
+
+
+@lru_cache(maxsize=4096)
+def variance_of(problem: Problem, rules: FA3Rules) -> invariance.VarianceError | None:
+    """Why a call that asks to be batch invariant is not; None: it is. Raises `ValueError` as `make_plan` does.
+
+    The answer is remembered: who raises it raises a copy, as it would keep the frames that it was raised in.
+    """
+    return _variance(problem, _planned(problem, rules))
+
+
+def _variance(problem: Problem, plan: LaunchPlan) -> invariance.VarianceError | None:
+    found = (
+        invariance.cannot_tell(problem, plan)
+        or invariance.too_many_sequences(problem, plan, MAX_DYNAMIC_SPLIT_BATCH)
+        or invariance.window_is_lost(problem, plan, _normalise_mask(invariance.in_widest_table(problem))[1])
+    )
+    if found is None and invariance.is_ragged(problem):
+        most = _most_queries(invariance.of_one_query(problem), plan.rules)
+        found = invariance.too_many_queries(problem, most)
+    return found
+
+
+@lru_cache(maxsize=1024)
+def _most_queries(one: Problem, rules: FA3Rules) -> int:
+    """The largest max_seqlen_q at which a layer's ragged queries run as one query does."""
+    return invariance.most_queries(
+        lambda queries: invariance.kernel_of(_planned(unchecked_replace(one, max_seqlen_q=queries), rules)),
+        (2**31 - 1) // one.q_heads_per_kv_head,  # more wrap
+    )
+
+
+def _planned(problem: Problem, rules: FA3Rules) -> LaunchPlan:
+    """The plan itself, batch invariant or not."""
     if reason := unsupported_reason(rules, problem):
         raise ValueError(reason)
     p, group = problem, problem.q_heads_per_kv_head
@@ -121,16 +164,17 @@ def make_plan(problem: Problem, rules: FA3Rules) -> LaunchPlan:
     # the circle by counting blocks as if there were.
     splits_tile = block_m, block_n = _tile(p, rules, flags | {"split"})
     tiles_counted = _tiles_counted(p, rules, block_m, p.batch_size)
-    balanced = (
-        p.policy == "balanced"
-        and 0 <= query_rows <= MAX_BALANCED_M_BLOCKS * block_m
-        and p.batch_size <= rules.most_split_by_metadata
+    is_decode = 0 <= query_rows <= MAX_BALANCED_M_BLOCKS * block_m
+    balanced = p.policy == "balanced" and (
+        p.batch_invariant or (is_decode and p.batch_size <= rules.most_split_by_metadata)
     )
     # Only a forward that is told the bound has room for ours; another one has room for FA3's.
     own_bound = balanced and p.forward_is_told and "num_splits" not in rules.forward_lacks
     why_num_splits: Why = ("given",)
     if p.num_splits:
         num_splits = p.num_splits
+    elif own_bound and p.batch_invariant:
+        num_splits, why_num_splits = _invariant_bound(p, num_sms, block_m, block_n, is_local, is_decode)
     else:
         keys_read = _keys_read(p, block_m, is_local, window)
         bound = (keys_read, num_sms, block_m, block_n, is_causal or is_local)  # what FA3 finds it by
@@ -209,7 +253,7 @@ def sizes_alone_differ(
     if (batch_size > MAX_DYNAMIC_SPLIT_BATCH) != (problem.batch_size > MAX_DYNAMIC_SPLIT_BATCH):
         return False
     if plan.costs is not None:
-        if not problem.num_splits:  # a bound that depends on the batch size
+        if not (problem.num_splits or problem.batch_invariant):  # a bound that depends on the batch size
             return False
         if plan.for_batch(batch_size).searches_splits != plan.searches_splits:
             return False
@@ -218,7 +262,8 @@ def sizes_alone_differ(
             return False
         if _is_short(problem, max_seqlen_k) != plan.is_short:
             return False
-    if problem.num_splits or (max_seqlen_k == served and plan.rules.splits_count == "one_sequence"):
+    served_before = max_seqlen_k == served and plan.rules.splits_count == "one_sequence"
+    if problem.num_splits or problem.batch_invariant or served_before:
         return True
     return _num_splits_like(plan, problem, batch_size, max_seqlen_k)[0] == plan.num_splits
 
@@ -241,7 +286,7 @@ def batch_sizes_of_other_plans(problem: Problem, rules: FA3Rules) -> list[int]:
 def plan_like(plan: LaunchPlan, problem: Problem, batch_size: int, max_seqlen_k: int) -> LaunchPlan:
     """The plan for other sizes where `sizes_alone_differ`."""
     why = plan.why_num_splits
-    if not problem.num_splits:
+    if not (problem.num_splits or problem.batch_invariant):
         why = _num_splits_like(plan, problem, batch_size, max_seqlen_k)[1]
     return unchecked_replace(
         plan.for_batch(batch_size),
@@ -267,6 +312,18 @@ def _num_splits_like(plan: LaunchPlan, problem: Problem, batch_size: int, max_se
 def _is_short(p: Problem, max_seqlen_k: int) -> bool:
     keys = max_seqlen_k + p.max_seqlen_k_new
     return keys <= SHORT_LIMIT and p.max_seqlen_q * p.q_heads_per_kv_head <= SHORT_LIMIT
+
+
+def _invariant_bound(
+    p: Problem, num_sms: int, block_m: int, block_n: int, is_local: bool, is_decode: bool
+) -> tuple[int, Why]:
+    """The bound on splits that all batches of a layer share, whatever their longest lengths."""
+    if not is_decode:
+        return 1, ("a prefill, not split in any batch",)
+    one = invariance.of_one_query(p)
+    keys_read = _keys_read(one, block_m, is_local, _normalise_mask(one)[2])
+    fa3, _ = _resolve_num_splits(one, 0, p.num_heads_k, keys_read, num_sms, block_m, block_n, True)
+    return invariant_num_splits(p, -(-keys_read // block_n), fa3), ("what may pay, the same in every batch",)
 
 
 def _normalise_mask(p: Problem) -> tuple[bool, bool, tuple[int, int]]:

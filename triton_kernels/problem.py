@@ -81,7 +81,7 @@ class Problem:
     arch: int = 90  # compute capability, major * 10 + minor
     num_sms: int = 132  # SMs on the device, before sm_margin
     policy: str = "fa3"  # one of POLICIES
-    batch_invariant: bool = False  # "balanced": the splits of a sequence depend on its own length alone
+    batch_invariant: bool = False  # "balanced": see invariance.py
     max_partial_bytes: int = DEFAULT_PARTIAL_BYTES  # "balanced": of the forward's partial outputs
     # Query tokens of the whole batch, which some builds' bound on splits counts: q.shape[0] of a forward with ragged
     # queries. None: batch_size * max_seqlen_q, as FA3's own op takes it.

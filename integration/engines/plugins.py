@@ -36,7 +36,8 @@ def vllm() -> None:
     def attach(settings: Settings) -> None:
         if settings.batch_invariant:
             raise ValueError(
-                f"{BATCH_INVARIANT_VARIABLE} must be 0 for vLLM, got '1': VLLM_BATCH_INVARIANT=1 is vLLM's own"
+                f"{BATCH_INVARIANT_VARIABLE} must be 0 for vLLM, got '1': vLLM tells FA3 no num_splits of ours, and "
+                "attends to decode rows and prefills in one call; VLLM_BATCH_INVARIANT=1 is vLLM's own"
             )
         from .vllm import attach
 

@@ -15,10 +15,14 @@ class Reach:
     in_graph: str  # in a full CUDA graph
     eagerly: str  # run eagerly, or between the pieces of piecewise CUDA graphs
     because: str
+    invariant: str = ""  # whether `batch_invariant` holds there; "": it is not offered
 
 
 def coverage_table(reached: list[Reach]) -> str:
     """As a table in Markdown."""
-    lines = ["| layers | in a full CUDA graph | eagerly, piecewise | because |", "|---|---|---|---|"]
-    lines += [f"| {one.layers} | {one.in_graph} | {one.eagerly} | {one.because} |" for one in reached]
-    return "\n".join(lines)
+    heads = ["layers", "in a full CUDA graph", "eagerly, piecewise", "because"]
+    rows = [[one.layers, one.in_graph, one.eagerly, one.because] for one in reached]
+    if any(one.invariant for one in reached):
+        heads.append("batch invariant, if asked for")
+        rows = [[*row, one.invariant or "no"] for row, one in zip(rows, reached, strict=True)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows)).replace(" --- ", "---")

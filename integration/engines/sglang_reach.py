@@ -37,6 +37,7 @@ class Site:
     layouts: tuple[SGLangNames, ...] = LAYOUTS
     called_in: tuple[str, ...] = ("FlashAttentionBackend.forward_decode",)
     theirs: bool = False  # SGLang makes it itself, from 0.5.11 on
+    invariant: str = "yes"  # with batch_invariant
 
     def callers(self, layout: SGLangNames) -> Iterator[str]:
         """As `Class.method` of the layout's module."""
@@ -50,16 +51,20 @@ class Site:
 _EXTEND = ("FlashAttentionBackend.forward_extend",)
 _FIRST_LAYER = "the first layer of a kind makes it, the others share it"
 _MAKER = f"in a graph {_FIRST_LAYER}; eagerly SGLang asks our maker"
+_FEW_QUERIES = "up to the queries with which FA3 has the kernel of one; beyond, one split, and a warning"
 SITES = (
     Site("decode, full attention", OURS, OURS, _MAKER, theirs=True),
     Site("decode, full attention, under attention data parallelism or prefill context parallelism", OURS, OURS,
          _FIRST_LAYER),
-    Site("decode: sliding windows, chunks, MLA, cross attention", OURS, OURS, _FIRST_LAYER),
+    Site("decode: chunks, MLA, cross attention", OURS, OURS, _FIRST_LAYER),
+    Site("decode: sliding windows", OURS, OURS, _FIRST_LAYER,
+         invariant="where the page table is wider than the window: eagerly it is as wide as the longest context"),
     Site("drafts of several layers", OURS, OURS, _FIRST_LAYER),
     Site("drafts of one layer", OURS, "none; ours under `balanced`", "it has nobody to share with"),
-    Site("verification, draft extension, prefill, mixed batches", OURS, OURS, _FIRST_LAYER, called_in=_EXTEND),
+    Site("verification, draft extension, prefill, mixed batches", OURS, OURS, _FIRST_LAYER, called_in=_EXTEND,
+         invariant=_FEW_QUERIES),
     Site("cascade attention of drafts in a tree: the prefix, and the rest of each sequence", OURS, OURS, _FIRST_LAYER,
-         called_in=("FlashAttentionBackend.forward_decode", *_EXTEND)),
+         called_in=("FlashAttentionBackend.forward_decode", *_EXTEND), invariant=_FEW_QUERIES),
     Site("sparse MLA (DeepSeek-V3.2, GLM-5), where it attends by FA3", OURS, OURS,
          "each layer picks keys of its own, of the same number: lengths are shared", SPARSE_LAYOUTS, ()),
     Site("sparse attention of MiniCPM (`minicpm_flashattn`)", OURS, OURS,
@@ -67,7 +72,8 @@ SITES = (
     Site("dual chunk attention: decode", OURS, OURS, _FIRST_LAYER, DUAL_CHUNK_LAYOUTS, ()),
 )  # fmt: skip
 OTHERS = (
-    Reach("a call with `only_qv` (heads without rotary dims)", NONE, NONE, "what it schedules is not known: FA3's own"),
+    Reach("a call with `only_qv` (heads without rotary dims)", NONE, NONE, "what it schedules is not known: FA3's own",
+          "not known: one split, and a warning"),
     Reach("what calls `flash_attn_varlen_func`: MLA and dual chunk prefill, embeddings without a cache, vision", NONE,
           NONE, "their keys are ragged and in no cache: FA3's own stage, left alone"),
     Reach("FA4, FlashInfer, FlashMLA, Triton, TRT-LLM, XPU, MUSA, NPU", NONE, NONE, "they are other kernels"),
@@ -139,7 +145,8 @@ def _reach(site: Site, callers_of: CallersOf, version: str | None, reason: str |
         theirs = THEIRS if site.theirs and layouts[0].maker_keywords else NONE
         return Reach(site.layers, theirs, theirs, reason)
     by_the_forward = site.theirs and not layouts[0].maker_keywords
-    return Reach(site.layers, site.in_graph, site.eagerly, _FIRST_LAYER if by_the_forward else site.because)
+    because = _FIRST_LAYER if by_the_forward else site.because
+    return Reach(site.layers, site.in_graph, site.eagerly, because, site.invariant)
 
 
 if __name__ == "__main__":

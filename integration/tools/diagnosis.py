@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..triton_kernels.builds import MAX_DYNAMIC_SPLIT_BATCH, FA3Rules, unsupported_reason
+from ..triton_kernels.invariance import VarianceError
 from ..triton_kernels.plan import make_plan
 from ..triton_kernels.problem import DEFAULT_PARTIAL_BYTES, Problem
 from ..triton_kernels.reference import Lengths, blocks_read, sequence_blocks
@@ -210,7 +211,11 @@ def _larger_batch(case: Case) -> Finding | None:
         problem, batch_size=2 * problem.batch_size, total_q=None if problem.total_q is None else 2 * problem.total_q
     )
     doubled = Lengths(np.concatenate([lengths.cache_seqlens, lengths.cache_seqlens]))
-    other = simulate(twice, make_plan(twice, case.rules), doubled, costs=case.costs)
+    try:
+        plan = make_plan(twice, case.rules)
+    except VarianceError as error:
+        return Finding("larger batch", f"twice the sequences could not be batch invariant: {error}")
+    other = simulate(twice, plan, doubled, costs=case.costs)
     longer = other.time_us / case.now.time_us - 1
     text = f"twice the sequences would take {other.time_us:.1f} us a layer, {longer:+.0%}"
     if longer < 0.5:
@@ -226,7 +231,10 @@ def _page_size(case: Case) -> Finding | None:
         return None
     plan = case.now.plan
     for page in (64, 128, 160, 192, 256):
-        other = make_plan(replace(case.problem, page_size=page), case.rules)
+        try:
+            other = make_plan(replace(case.problem, page_size=page), case.rules)
+        except VarianceError:
+            continue
         if page == case.problem.page_size or (other.paged_kv_tma, other.block_n) == (plan.paged_kv_tma, plan.block_n):
             continue
         played = case.instead(page_size=page)

@@ -74,11 +74,18 @@ class Question:
     dtype: torch.dtype
     batch_invariant: bool
 
+    @property
+    def table_pages(self) -> int:
+        """Pages of a page table: of the longest sequence, and, where batch invariance needs it, more than a window."""
+        tokens = max(self.lengths)
+        if self.batch_invariant:
+            tokens = max(tokens, *(model.window_size[0] + 2 for model, _ in self.layers.kinds))
+        return max(1, -(-tokens // self.page_size))
+
     def call(self, model: Model) -> dict[str, Any]:
         """The arguments of `metadata_layout` for a layer."""
-        pages = max(1, -(-max(self.lengths) // self.page_size))
         return {
-            "batch_size": len(self.lengths), "max_seqlen_q": 1, "max_seqlen_k": pages * self.page_size,
+            "batch_size": len(self.lengths), "max_seqlen_q": 1, "max_seqlen_k": self.table_pages * self.page_size,
             "num_heads": model.num_heads, "num_heads_k": model.num_heads_k, "headdim": model.headdim,
             "headdim_v": model.headdim_v, "qkv_dtype": self.dtype, "page_size": self.page_size, "causal": True,
             "window_size": model.window_size, "attention_chunk": model.attention_chunk, "build": self.build,
@@ -176,7 +183,7 @@ class RankLayers:
         page = question.page_size
         counts = [max(1, -(-one // page)) for one in question.lengths]
         self.pages = sum(counts)
-        place = torch.zeros(len(counts), max(counts), dtype=torch.int64)
+        place = torch.zeros(len(counts), question.table_pages, dtype=torch.int64)
         for row, end, count in zip(place, np.cumsum(counts).tolist(), counts, strict=True):
             row[:count] = torch.arange(end - count, end)
         self._place = place.to(device)

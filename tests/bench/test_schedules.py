@@ -49,6 +49,22 @@ def test_what_the_judge_says(capsys: pytest.CaptureFixture[str]) -> None:
     assert near == "balanced takes 1.1294 x the oracle's time, up to 992; within 3 % of it: 2 of 3"
 
 
+def test_the_price_of_batch_invariance(capsys: pytest.CaptureFixture[str]) -> None:
+    ours, one = schedules.INVARIANT, schedules.ONE_SPLIT
+    schedules.report_price([
+        result("even", 4, fa3=[[12]], balanced=[[8]], **{ours: [[10]], one: [[40]]}),
+        result("refused", 4, fa3=[[12]], balanced=[[8]], **{one: [[40]]}),
+        result("many", 900, fa3=[[10]], balanced=[[8]], **{ours: [[12.1]], one: [[10]]}),
+    ])  # fmt: skip
+    _, even, many, of_one, of_fa3, of_balanced = capsys.readouterr().out.splitlines()
+    assert [even.split(), many.split()] == [
+        ["even", "10.00", "40.00", "12.00", "8.00"], ["many", "12.10", "10.00", "10.00", "8.00"]
+    ]  # fmt: skip
+    assert of_one == "it takes 0.550 x the time of one split, from 0.250 x to 1.210 x"
+    assert of_fa3 == "it takes 1.004 x the time of fa3, from 0.833 x to 1.210 x"
+    assert of_balanced == "it takes 1.375 x the time of balanced, from 1.250 x to 1.512 x"
+
+
 def test_the_file_has_the_replays_of_all_captures(tmp_path: pathlib.Path) -> None:
     schedules.write_csv(RESULTS, tmp_path / "made" / "schedules.csv", "NVIDIA H20", 78)
     with (tmp_path / "made" / "schedules.csv").open() as file:
@@ -104,6 +120,22 @@ def layers() -> schedules.Layers:
         return schedules.Layers(Workload("2 short", (100, 40)))
 
 
+@pytest.mark.parametrize(("window", "served"), [(None, True), (100, True), (9000, False)])
+def test_both_ways_of_batch_invariance(window: int | None, served: bool) -> None:
+    """Ours where it is not refused, by its own bound; and one split for every sequence."""
+    with OnCpu():
+        layers = schedules.Layers(Workload("2 short", (700, 40), window=window))
+    made = schedules.invariant_variants(layers)
+    assert list(made) == [schedules.ONE_SPLIT, *[schedules.INVARIANT] * served]
+    assert made[schedules.ONE_SPLIT]["num_splits"] == 1
+    if served:
+        asked = layers.problem | {"policy": "balanced", "batch_invariant": True}
+        ours = made[schedules.INVARIANT]
+        assert torch.equal(ours["scheduler_metadata"], fa3_metadata.get_scheduler_metadata(**asked))
+        assert ours["num_splits"] == fa3_metadata.metadata_layout(**asked).num_splits
+        assert ours["num_splits"] > 1 or window == 100
+
+
 def test_every_layer_of_both_sets_has_pages_of_its_own(layers: schedules.Layers) -> None:
     seen, captured = [], list(layers.tables)  # what a graph holds, and does not follow when it is replaced
     for pages in (1, 0):
@@ -157,7 +189,10 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("more", [[], ["--among-weights", "--no-sweep"]], ids=["KV far", "among weights"])
+@pytest.mark.parametrize(
+    "more", [[], ["--among-weights", "--no-sweep"], ["--no-sweep", "--invariant"]],
+    ids=["KV far", "among weights", "invariant"],
+)  # fmt: skip
 def test_on_a_gpu(more: list[str], tmp_path: pathlib.Path) -> None:
     """Four short sequences: splits, which FA3's own metadata has not, are worth it in both."""
     if missing := why_not(fa3_metadata.detect_build().build):
@@ -174,5 +209,6 @@ def test_on_a_gpu(more: list[str], tmp_path: pathlib.Path) -> None:
             break
     assert list(measured)[:3] == ["none", "fa3", "balanced"]
     assert ("4" in measured) != bool(more)  # one of the uniform sizes
+    assert ({schedules.INVARIANT, schedules.ONE_SPLIT} <= set(measured)) == ("--invariant" in more)
     assert all(2 < time < 100 for time in measured.values()), measured
     assert measured["balanced"] < measured["fa3"]

@@ -346,16 +346,15 @@ def test_a_plan_serves_ragged_queries_of_any_number() -> None:
     assert len(plan._fitting) == 1, "one kind of call, whatever the number of its queries"
 
 
-@pytest.mark.parametrize("told", [True, False])
-def test_splits_that_do_not_depend_on_the_batch_need_a_bound_that_does_not(told: bool) -> None:
+@pytest.mark.parametrize("build", ["sgl-kernel-0.3.16", "sglang-kernel-0.4.2", "sglang-kernel-0.4.5", "vllm-0.33.0"])
+def test_splits_that_do_not_depend_on_the_batch_need_a_bound_that_does_not(build: str) -> None:
+    """A forward that is told none finds one by the longest lengths of the batch, and some count its sequences, too."""
     call = {"batch_size": 64, "max_seqlen_q": 1, "max_seqlen_k": 131072, "num_heads": 8, "num_heads_k": 1,
-            "headdim": 128, "page_size": 64, "policy": "balanced", "batch_invariant": True}  # fmt: skip
-    fa3_metadata.metadata_layout(**call, build="sglang-kernel-0.4.2", forward_is_told=told)
-    if told:
-        fa3_metadata.metadata_layout(**call, build="sglang-kernel-0.4.5")
-    else:
-        with pytest.raises(ValueError, match=r"batch_invariant must be False for the sglang-0\.4\.5 build unless"):
-            fa3_metadata.metadata_layout(**call, build="sglang-kernel-0.4.5", forward_is_told=False)
+            "headdim": 128, "page_size": 64, "policy": "balanced", "batch_invariant": True, "build": build}  # fmt: skip
+    fa3_metadata.metadata_layout(**call)
+    fa3_metadata.metadata_layout(**call, forward_is_told=False, num_splits=8)
+    with pytest.raises(ValueError, match=r"^batch_invariant must be False for the .* unless the forward is told"):
+        fa3_metadata.metadata_layout(**call, forward_is_told=False)
 
 
 def test_a_total_of_queries_makes_new_calls_only_where_it_counts() -> None:

@@ -359,6 +359,41 @@ def test_balanced_eager_batches_get_the_bound_of_their_metadata(
     assert world.native_calls == 0
 
 
+def test_batch_invariance_of_eager_batches(world: Sglang, caplog: pytest.LogCaptureFixture) -> None:
+    """A decode row has its splits in any batch. What cannot be is served with one split, and said once."""
+    backend = world.backend()
+    attach(backend, BUILD, "balanced", batch_invariant=True)
+    seen = set()
+    for lengths in ([9000], [9000, 5, 30000], [9000] + [300] * 1100):
+        backend.init_forward_metadata(Batch(lengths))
+        backend.decode_layer()
+        call, batch = world.calls[-1], len(lengths)
+        layout = fa3_metadata.metadata_layout(
+            **SHAPE | {"batch_size": batch, "max_seqlen_k": call["page_table"].shape[1] * PAGE, "policy": "balanced",
+                       "cu_seqlens_q": call["cu_seqlens_q"], "batch_invariant": True}
+        )  # fmt: skip
+        rows = fa3_metadata.unpack_metadata(call["scheduler_metadata"], layout)
+        place = rows["varlen_batch_idx"].tolist().index(0)
+        seen.add((int(rows["num_splits_dynamic"][place]), call["num_splits"], call["pack_gqa"]))
+    assert len(seen) == 1
+    assert max(seen)[0] > 1
+    assert not caplog.records
+    backend.init_forward_metadata(Batch([9000, 300]))
+    backend.verify_layer(16)  # 64 query rows
+    assert world.calls[-1]["scheduler_metadata"] is not None
+    for tokens in (17, 300):
+        backend.verify_layer(tokens)
+        assert (world.calls[-1]["scheduler_metadata"], world.calls[-1]["num_splits"]) == (None, 1)
+    backend.decode_layer(window=9050)  # over the whole page table of this batch
+    assert (world.calls[-1]["scheduler_metadata"], world.calls[-1]["num_splits"]) == (None, 1)
+    backend.decode_layer(window=4095)
+    assert world.calls[-1]["scheduler_metadata"] is not None
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2
+    assert "max_seqlen_q must be at most 16" in said[0]
+    assert "window_size[0] must be under" in said[1]
+
+
 def test_balanced_layers_of_a_graph_get_the_bound_of_their_metadata(world: Sglang) -> None:
     """`step()` stands in for the capture of a graph, which needs a GPU."""
     backend = world.backend()

@@ -357,6 +357,22 @@ def test_reach_without_us(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reached("0.5.23")["drafts of several layers"].because == "FA3_METADATA_DISABLE is set"
 
 
+def test_reach_says_where_batch_invariance_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = reached("0.5.23")
+    assert found["decode, full attention"].invariant == "yes"
+    assert "page table is wider" in found["decode: sliding windows"].invariant
+    assert "one split" in found["verification, draft extension, prefill, mixed batches"].invariant
+    absent = next(one for one in found.values() if one.because == "this SGLang has no such layers")
+    assert absent.invariant == ""
+    table = coverage_table(list(found.values())).splitlines()
+    assert table[0].endswith("| because | batch invariant, if asked for |")
+    assert table[1] == "|---|---|---|---|---|"
+    assert table[-1].endswith("| they are other kernels | no |")
+    monkeypatch.setenv("FA3_METADATA_DISABLE", "1")
+    without = coverage_table([one for one in reached("0.5.23").values() if "only_qv" not in one.layers])
+    assert without.splitlines()[1] == "|---|---|---|---|"
+
+
 def test_a_sglang_that_is_not_known() -> None:
     assert sglang_reach.why_not("0.5.24", "sglang-kernel-0.4.10") == "SGLang must be 0.5.7 to 0.5.23, got 0.5.24"
     assert sglang_reach.why_not("0.5.23rc1", "sglang-kernel-0.4.10") is None

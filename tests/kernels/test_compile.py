@@ -190,6 +190,24 @@ def test_the_size_is_known_without_running(build: str, arch: int) -> None:
         assert made.shape == (real,), call
 
 
+def test_batch_invariance_compiles_for_the_batches_that_it_holds_for() -> None:
+    """The size is asked for this batch alone, not for one of more than 992 sequences, which is refused for vLLM."""
+
+    def make(cache_seqlens: torch.Tensor) -> torch.Tensor:
+        return fa3_metadata.get_scheduler_metadata(
+            cache_seqlens.shape[0], 1, 8192, 8, 1, 128, cache_seqlens, page_size=64, causal=True, build="vllm-0.33.0",
+            policy="balanced", batch_invariant=True,
+        )  # fmt: skip
+
+    torch._dynamo.reset()
+    compiled = torch.compile(make, backend="aot_eager", fullgraph=True)
+    for batch in (5, 64):
+        seqlens = lengths(batch, torch.device("cpu"))
+        assert torch.equal(compiled(seqlens), make(seqlens))
+    with pytest.raises(Exception, match="must be at most 992 with batch_invariant"):
+        compiled(lengths(993, torch.device("cpu")))
+
+
 def test_a_growing_cache_compiles_once_a_layout() -> None:
     """max_seqlen_k, which engines take from the width of the page table, is guarded where rows change alone."""
     for build, most in (("sglang-kernel-0.4.2", 1), ("vllm-0.33.0", 2)):

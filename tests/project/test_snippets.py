@@ -31,8 +31,7 @@ from ..helpers.sglang_stand_in import Batch, Sglang
 from ..helpers.vllm_stand_in import stand_in
 
 ROOT = pathlib.Path(__file__).parents[2]
-# The Python of api.md is signatures, made of docstrings.
-PAGES = [ROOT / "README.md", *sorted(page for page in (ROOT / "docs").glob("*.md") if page.name != "api.md")]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BUILD = "sglang-kernel-0.4.2"
 MOST_NOT_RUN = 2
 _FENCE = re.compile(r"(?:<!-- not run: (?P<reason>[^\n]+) -->\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.M | re.S)

@@ -89,3 +89,15 @@ def test_what_costs_most_comes_first() -> None:
 def test_every_build_can_be_diagnosed(build: str) -> None:
     for lengths in ([512], [9000, 100, 60000], [256] * 1100):
         assert found(lengths, build=build)
+
+
+def test_what_would_not_be_batch_invariant_is_not_played() -> None:
+    promise = {"policy": "balanced", "batch_invariant": True}
+    said = found([400] * 600, build="vllm-0.33.0", **promise)["larger batch"]
+    assert said.text.startswith("twice the sequences could not be batch invariant: batch_size must be at most 992")
+    assert "twice the sequences would take" in found([400] * 600, **promise)["larger batch"].text
+    # Of 256 rows pages of whole blocks would be loaded by TMA, and by cp.async for one query.
+    ragged = {"num_heads": 8, "num_heads_k": 1, "headdim": 256, "max_seqlen_q": 32, "page_size": 64}
+    ragged |= {"cu_seqlens_q": True}  # of tensors presence alone counts
+    assert "would be loaded by TMA" in found([5000] * 4, **ragged)["page size"].text
+    assert "TMA" not in found([5000] * 4, **ragged, **promise)["page size"].text

@@ -182,6 +182,16 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return capsys.readouterr().out
 
 
+def test_batch_invariance_under_a_window_gets_a_page_table_wider_than_it(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of contexts shorter than the window; FA3 would take it for none, and the promise would be refused."""
+    arguments = ("--model", "gemma-3-27b", "--gpu", "h100", "--cache-seqlens", "4 x 100", "--json")
+    assert INVARIANT in json.loads(run(capsys, *arguments, "--batch-invariant"))["times_us"]["step"]
+    short, wide = (question(lengths=(20, 5), page_size=16, batch_invariant=asked) for asked in (False, True))
+    assert (short.table_pages, wide.table_pages) == (2, 3)  # a window of 31 tokens
+    layers = RankLayers(wide, CPU, 1 << 40)
+    assert layers.batches[0].page_table.shape[1] * 16 == wide.call(layers.models[0])["max_seqlen_k"]
+
+
 def test_without_a_gpu_it_simulates_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     printed = run(capsys, "--model", "gpt-oss-20b", "--cache-seqlens", "16 x 4k", *(["--simulate"] if HAS_GPU else []))
     for expected in ("simulated   for H200: ", "12 window 127, 12 full", "16 sequences of 4,096 tokens; pages of 64",
