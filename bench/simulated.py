@@ -3,6 +3,7 @@
     python -m bench simulated                     # the sweeps kept here, of each card
     python -m bench simulated schedules.csv --gpu h100
     python -m bench simulated --choices           # what policy "balanced" chooses beside what is simulated to be best
+    python -m bench simulated --bounds            # a layer by the bound on splits that vLLM fixes for CUDA graphs
 
 The sweeps are those of `python -m bench schedules --csv`: FA3's schedule, and every number of key blocks a split worth
 trying, for each workload of the suite. Said for each card: how the ranks of predicted and measured times go together
@@ -27,7 +28,7 @@ import torch
 from fa3_metadata.api import plan_call
 from fa3_metadata.tools.cards import find_card
 from fa3_metadata.tools.simulator import Schedule, reference_schedule, schedule_of, simulate
-from fa3_metadata.triton_kernels.builds import FA3Rules
+from fa3_metadata.triton_kernels.builds import FA3Rules, rules_for
 from fa3_metadata.triton_kernels.plan import LaunchPlan, make_plan
 from fa3_metadata.triton_kernels.problem import Problem
 from fa3_metadata.triton_kernels.reference import Lengths, blocks_read, metadata_of_splits, sequence_blocks
@@ -35,7 +36,8 @@ from numpy.typing import NDArray
 
 from .workloads import RANDOM_SUITE, SUITE, Workload, sizes_to_try
 
-PAGE, BUILD = 64, "sglang-kernel-0.4.2"
+PAGE, BUILD, VLLM = 64, "sglang-kernel-0.4.2", "vllm-0.33.0"
+BOUNDS = (16, 32, 48, 64, 128)
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RECORDED = {  # by card
     "h200": ROOT / "bench/results/2026-11-24-h200/schedules.csv",
@@ -171,6 +173,22 @@ def choices(gpu: str, num_sms: int) -> list[str]:
     return lines
 
 
+def bounds(gpu: str) -> list[str]:
+    """Simulated us of a layer by FA3's schedule, by the bound that vLLM fixes for full CUDA graphs."""
+    lines = []
+    for num_heads, num_heads_k in ((8, 1), (32, 8)):
+        for longest in (8, 16, 32, 64, 128):
+            w = Workload("", (longest * 1024, *(2048,) * 7), num_heads, num_heads_k)
+            problem, _, lengths = _problem(w, gpu)
+            rules, times = rules_for(VLLM), {}
+            for bound in BOUNDS:
+                asked = replace(problem, num_splits=bound)
+                times[bound] = simulate(asked, make_plan(asked, rules), lengths).time_us
+            said = "  ".join(f"{bound}: {time:6.1f}" for bound, time in times.items())
+            lines.append(f"{gpu}  {num_heads}/{num_heads_k} heads, one of {longest:3d}k beside seven of 2k   {said}")
+    return lines
+
+
 def _mean(ratios: NDArray[np.float64]) -> float:
     """Geometric."""
     return float(np.exp(np.log(ratios).mean()))
@@ -181,7 +199,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("csv", type=pathlib.Path, nargs="?", help="a sweep of `schedules --csv`; default: those kept")
     parser.add_argument("--gpu", help="the card that it was measured on, such as h100")
     parser.add_argument("--choices", action="store_true", help='what policy "balanced" chooses, beside the best')
+    parser.add_argument("--bounds", action="store_true", help="a layer by the bound on splits that vLLM fixes")
     options = parser.parse_args(argv)
+    if options.bounds:
+        for gpu in RECORDED:
+            print(*bounds(gpu), sep="\n", flush=True)
+        return 0
     if options.choices:
         for gpu, num_sms in (("h100", 132), ("h100", 114), ("h100", 78), ("h200", 132), ("h20", 78)):
             print(*choices(gpu, num_sms), sep="\n", flush=True)

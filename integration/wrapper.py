@@ -164,10 +164,9 @@ def wrap_forward(
         stream = _stream_of(call.get("q"))
         key = keys.of(call, (stream, torch.is_inference_mode_enabled()))
         answer = scope.answers.get(key, _UNKNOWN)
-        made = answer[0] if answer else None
-        if answer is _UNKNOWN or (made and capture and _may_be_written(made, scope, capture)):
+        if answer is _UNKNOWN or (capture and answer and answer[0] and _may_be_written(answer[0], scope, capture)):
             answer = make(scope, capture, call, stream)
-            made = answer[0] if answer else None
+            made = None if answer is None else answer[0]
             if made is None or capture is not None or _stays(made.inputs, scope):
                 scope.answer(key, answer)
         if answer is None:

@@ -86,7 +86,10 @@ def wheel(tmp_path: pathlib.Path) -> pathlib.Path:
     with zipfile.ZipFile(path, "w") as file:
         for name in [*names, "fa3_metadata/py.typed", f"{info}/licenses/LICENSE"]:
             file.writestr(name, "")
-        file.writestr(f"{info}/METADATA", "Metadata-Version: 2.4\nLicense-Expression: Apache-2.0\n")
+        file.writestr(
+            f"{info}/METADATA",
+            "Metadata-Version: 2.4\nClassifier: License :: OSI Approved :: Apache Software License\n",
+        )
         points = "".join(f"[{group}]\n{line}\n\n" for group, line in package.ENTRY_POINTS.items())
         file.writestr(f"{info}/entry_points.txt", points)
     return path
