@@ -158,7 +158,7 @@ PLAN = (
     ),
     Mutation(
         "four-blocks-are-not-split",
-        f"{_KERNELS}/plan.py",
+        f"{_KERNELS}/heuristics.py",
         "if num_n_blocks <= 4:",
         "if num_n_blocks < 4:",
         "short caches would be told splits that FA3 does not make",
@@ -166,7 +166,7 @@ PLAN = (
     ),
     Mutation(
         "bytes-that-wrap",
-        f"{_KERNELS}/plan.py",
+        f"{_KERNELS}/heuristics.py",
         "kv_head_bytes = _int32(max_seqlen_k * (p.headdim + p.value_headdim) * p.element_size)",
         "kv_head_bytes = max_seqlen_k * (p.headdim + p.value_headdim) * p.element_size",
         "FA3 counts the bytes of a KV head in int32: one of 2 GiB is negative and not split",
@@ -174,7 +174,7 @@ PLAN = (
     ),
     Mutation(
         "wrapped-rows-divide-towards-zero",
-        f"{_KERNELS}/plan.py",
+        f"{_KERNELS}/heuristics.py",
         "return int(_int32(rows + block_m - 1) / block_m)",
         "return _int32(rows + block_m - 1) // block_m",
         "C++ divides towards zero, Python down: query rows that have wrapped count a block more",
@@ -214,7 +214,7 @@ PLAN = (
     ),
     Mutation(
         "packing-by-fill",
-        f"{_KERNELS}/plan.py",
+        f"{_KERNELS}/heuristics.py",
         "if float(unpacked) < 0.9 * float(packed):",
         "if float(unpacked) <= 0.9 * float(packed):",
         "the forward would be told another packing than it comes to where tiles are filled to nine tenths",

@@ -1,30 +1,34 @@
 """Host side: from a problem and a build's rules to everything the device needs to know.
 
-Mirrors `mha_fwd_get_scheduler_metadata`, `get_pagedkv_tma`, `get_num_splits`, `get_pack_gqa` (hopper/flash_api.cpp)
-and `num_splits_heuristic`, `should_pack_gqa` (hopper/heuristics.h) of FlashAttention, the float32 and int32
-arithmetic included. Pure Python: no tensors, no device.
+Mirrors `mha_fwd_get_scheduler_metadata` and `get_pagedkv_tma` (hopper/flash_api.cpp) of FlashAttention; what they ask
+of its heuristics is in heuristics.py. Pure Python: no tensors, no device.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeAlias
 
 import numpy as np
 
 from . import invariance
 from .balance import Costs, balanced_num_splits, costs_of, invariant_num_splits
-from .builds import MAX_DYNAMIC_SPLIT_BATCH, MIB, FA3Rules, unsupported_reason
+from .builds import MAX_DYNAMIC_SPLIT_BATCH, FA3Rules, unsupported_reason
+from .heuristics import (
+    Why,
+    enough_tiles,
+    int32,
+    most_keys_read,
+    num_blocks,
+    resolve_num_splits,
+    resolve_pack_gqa,
+    tiles_counted_for_splits,
+)
 from .layout import MetadataLayout
 from .problem import SHORT_LIMIT, Problem, unchecked_replace
 from .tiles import find_tile
 
 MAX_BALANCED_M_BLOCKS = 8  # with more query blocks a call is a prefill, which FA3's rule serves
-_L2_BYTES_FOR_SPLITS = 50 * MIB
-_MAX_HEURISTIC_SPLITS = 128
-
-Why: TypeAlias = tuple[str | int, ...]  # a text, and what goes into it: found for every new size, seldom read
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,7 @@ def _planned(problem: Problem, rules: FA3Rules) -> LaunchPlan:
     if reason := unsupported_reason(rules, problem):
         raise ValueError(reason)
     p, group = problem, problem.q_heads_per_kv_head
-    query_rows = _int32(p.max_seqlen_q * group)
+    query_rows = int32(p.max_seqlen_q * group)
     is_causal, is_local, window = _normalise_mask(p)
     mask_flags = _tile_flags(p, is_causal, is_local)
     flags = mask_flags
@@ -157,13 +161,13 @@ def _planned(problem: Problem, rules: FA3Rules) -> LaunchPlan:
         flags |= {"paged_non_tma"}
     if rules.packs_first:
         block_m, _ = _tile(p, rules, flags)
-        first_pack_gqa, _ = _resolve_pack_gqa(p, rules, block_m, 0, paged_non_tma, is_local)
+        first_pack_gqa, _ = resolve_pack_gqa(p, rules, block_m, 0, paged_non_tma, is_local)
         flags |= _one_wg_flag(p, rules, is_local, first_pack_gqa)
 
     # sm_8x picks its tile by whether there are splits, and the number of splits by the tile: FA3 breaks
     # the circle by counting blocks as if there were.
     splits_tile = block_m, block_n = _tile(p, rules, flags | {"split"})
-    tiles_counted = _tiles_counted(p, rules, block_m, p.batch_size)
+    tiles_counted = tiles_counted_for_splits(p, rules, block_m, p.batch_size)
     is_decode = 0 <= query_rows <= MAX_BALANCED_M_BLOCKS * block_m
     balanced = p.policy == "balanced" and (
         p.batch_invariant or (is_decode and p.batch_size <= rules.most_split_by_metadata)
@@ -176,20 +180,20 @@ def _planned(problem: Problem, rules: FA3Rules) -> LaunchPlan:
     elif own_bound and p.batch_invariant:
         num_splits, why_num_splits = _invariant_bound(p, num_sms, block_m, block_n, is_local, is_decode)
     else:
-        keys_read = _keys_read(p, block_m, is_local, window)
+        keys_read = most_keys_read(p, block_m, is_local, window)
         bound = (keys_read, num_sms, block_m, block_n, is_causal or is_local)  # what FA3 finds it by
         if own_bound:
-            tiles = p.num_heads_k * _num_blocks(query_rows, block_m)
-            fa3, _ = _resolve_num_splits(p, p.max_seqlen_k, tiles, *bound)
+            tiles = p.num_heads_k * num_blocks(query_rows, block_m)
+            fa3, _ = resolve_num_splits(p, p.max_seqlen_k, tiles, *bound)
             costs = costs_of(p, _compiled_kernel(p, block_m, block_n), num_sms)
             num_splits = balanced_num_splits(p, costs, tiles, -(-keys_read // block_n), num_sms, fa3)
             why_num_splits = ("what may pay, within max_partial_bytes",)
         else:
-            num_splits, why_num_splits = _resolve_num_splits(p, p.max_seqlen_k, tiles_counted, *bound)
+            num_splits, why_num_splits = resolve_num_splits(p, p.max_seqlen_k, tiles_counted, *bound)
     if rules.packs_first:
         flags = mask_flags | _one_wg_flag(p, rules, is_local, num_splits > 1)
     block_m, block_n = _tile(p, rules, flags | ({"split"} if num_splits > 1 else set()))
-    pack_gqa, pack_reason = _resolve_pack_gqa(p, rules, block_m, num_splits, paged_non_tma, is_local)
+    pack_gqa, pack_reason = resolve_pack_gqa(p, rules, block_m, num_splits, paged_non_tma, is_local)
     if rules.packs_with_splits == "only":
         pack_gqa, pack_reason = num_splits > 1, "this build packs with splits, and only then"
 
@@ -278,7 +282,7 @@ def batch_sizes_of_other_plans(problem: Problem, rules: FA3Rules) -> list[int]:
     if rules.bound_depends_on_batch and not problem.num_splits and rows:
         plan = make_plan(problem, rules)
         block_m = plan.splits_tile[0]
-        most = int(_enough_tiles(plan.num_sms)) // problem.num_heads_k + 2  # query blocks of a head that fill the SMs
+        most = int(enough_tiles(plan.num_sms)) // problem.num_heads_k + 2  # query blocks of a head that fill the SMs
         found |= {blocks * block_m // rows + 1 for blocks in range(most)}
     return sorted({min(batch_size, largest) for batch_size in found})
 
@@ -290,7 +294,7 @@ def plan_like(plan: LaunchPlan, problem: Problem, batch_size: int, max_seqlen_k:
         why = _num_splits_like(plan, problem, batch_size, max_seqlen_k)[1]
     return unchecked_replace(
         plan.for_batch(batch_size),
-        tiles_counted=_tiles_counted(problem, plan.rules, plan.splits_tile[0], batch_size),
+        tiles_counted=tiles_counted_for_splits(problem, plan.rules, plan.splits_tile[0], batch_size),
         window_size=_normalise_mask(unchecked_replace(problem, max_seqlen_k=max_seqlen_k))[2],
         why_num_splits=why,
     )
@@ -302,9 +306,9 @@ def _num_splits_like(plan: LaunchPlan, problem: Problem, batch_size: int, max_se
     if max_seqlen_k == problem.max_seqlen_k and (counts_one or batch_size == problem.batch_size):
         return plan.num_splits, plan.why_num_splits
     block_m, block_n = plan.splits_tile
-    keys_read = _keys_read(problem, block_m, True, plan.window_size) if plan.is_local else max_seqlen_k
-    tiles = plan.tiles_counted if counts_one else _tiles_counted(problem, plan.rules, block_m, batch_size)
-    return _resolve_num_splits(
+    keys_read = most_keys_read(problem, block_m, True, plan.window_size) if plan.is_local else max_seqlen_k
+    tiles = plan.tiles_counted if counts_one else tiles_counted_for_splits(problem, plan.rules, block_m, batch_size)
+    return resolve_num_splits(
         problem, max_seqlen_k, tiles, keys_read, plan.num_sms, block_m, block_n, plan.is_causal or plan.is_local
     )
 
@@ -321,8 +325,8 @@ def _invariant_bound(
     if not is_decode:
         return 1, ("a prefill, not split in any batch",)
     one = invariance.of_one_query(p)
-    keys_read = _keys_read(one, block_m, is_local, _normalise_mask(one)[2])
-    fa3, _ = _resolve_num_splits(one, 0, p.num_heads_k, keys_read, num_sms, block_m, block_n, True)
+    keys_read = most_keys_read(one, block_m, is_local, _normalise_mask(one)[2])
+    fa3, _ = resolve_num_splits(one, 0, p.num_heads_k, keys_read, num_sms, block_m, block_n, True)
     return invariant_num_splits(p, -(-keys_read // block_n), fa3), ("what may pay, the same in every batch",)
 
 
@@ -350,7 +354,7 @@ def _normalise_mask(p: Problem) -> tuple[bool, bool, tuple[int, int]]:
 
 def _one_wg_flag(p: Problem, rules: FA3Rules, is_local: bool, pack_gqa: bool) -> frozenset[str]:
     """The tile flag of kernels with a single MMA warpgroup, where this build has and uses one."""
-    rows = _int32(p.max_seqlen_q * (p.q_heads_per_kv_head if pack_gqa else 1))
+    rows = int32(p.max_seqlen_q * (p.q_heads_per_kv_head if pack_gqa else 1))
     uses = (
         p.headdim in rules.one_wg_headdims and p.arch >= 90 and rows <= 64 and (rules.one_wg_when_local or not is_local)
     )
@@ -384,100 +388,3 @@ def _tile(p: Problem, rules: FA3Rules, flags: frozenset[str]) -> tuple[int, int]
     tables = rules.sm90_tiles if p.arch >= 90 else rules.sm8x_tiles
     assert tables is not None  # unsupported_reason
     return find_tile(tables[p.element_size], _round_headdim(p.headdim), flags)
-
-
-def _tiles_counted(p: Problem, rules: FA3Rules, block_m: int, batch_size: int) -> int:
-    """Query blocks of all KV heads that FA3's bound on splits counts in a batch of this size."""
-    tokens, sequences = p.max_seqlen_q, 1
-    if rules.bound_depends_on_batch:
-        tokens = p.query_tokens_in(batch_size)
-    elif batch_size > rules.most_split_by_metadata:
-        sequences = batch_size
-    return _int32(sequences * p.num_heads_k * _num_blocks(_int32(tokens * p.q_heads_per_kv_head), block_m))
-
-
-def _resolve_num_splits(
-    p: Problem, max_seqlen_k: int, total_m_blocks: int, keys_read: int, num_sms: int, block_m: int, block_n: int,
-    is_masked: bool,
-) -> tuple[int, Why]:  # fmt: skip
-    """FA3's upper bound on splits, and why: most builds count the tiles of one sequence of the largest length."""
-    num_n_blocks = -(-keys_read // block_n)
-    if total_m_blocks >= _enough_tiles(num_sms):
-        num_m_blocks = _num_blocks(_int32(p.max_seqlen_q * p.q_heads_per_kv_head), block_m)
-        kv_head_bytes = _int32(max_seqlen_k * (p.headdim + p.value_headdim) * p.element_size)
-        if kv_head_bytes > _L2_BYTES_FOR_SPLITS and num_m_blocks >= 2 * num_sms and not is_masked:
-            splits = min(-(-kv_head_bytes // _L2_BYTES_FOR_SPLITS), _MAX_HEURISTIC_SPLITS)
-            return splits, ("one KV head does not fit in L2 and many query blocks read it",)
-        return 1, ("{} tiles fill 80 % of {} SMs", total_m_blocks, num_sms)
-    if num_n_blocks <= 4:
-        return 1, ("at most {} key blocks are not worth splitting", num_n_blocks)
-    splits = _most_efficient_splits(total_m_blocks, num_sms, min(_MAX_HEURISTIC_SPLITS, num_sms, num_n_blocks))
-    why = "smallest number within 85 % of the best wave efficiency of {} tiles on {} SMs", total_m_blocks, num_sms
-    return splits, why
-
-
-@lru_cache(maxsize=256)
-def _enough_tiles(num_sms: int) -> float:
-    """80 % of the SMs, in FA3's float32."""
-    return float(np.float32(0.8) * np.float32(num_sms))
-
-
-def _keys_read(p: Problem, block_m: int, is_local: bool, window: tuple[int, int]) -> int:
-    """Keys that a query block of the longest sequence reads at most, as FA3 estimates them."""
-    return max(0, min(p.max_seqlen_k, sum(window) + 1 + block_m)) if is_local else p.max_seqlen_k
-
-
-@lru_cache(maxsize=4096)
-def _most_efficient_splits(total_m_blocks: int, num_sms: int, max_splits: int) -> int:
-    tiles = (total_m_blocks * np.arange(1, max_splits + 1)).astype(np.float32)
-    waves = tiles / np.float32(num_sms)
-    with np.errstate(divide="ignore", invalid="ignore"):  # no queries, or so many that their number has wrapped
-        efficiency = waves / np.ceil(waves)
-    good_enough = efficiency.astype(np.float64) >= 0.85 * float(efficiency.max())
-    return int(np.argmax(good_enough)) + 1
-
-
-def _resolve_pack_gqa(
-    p: Problem, rules: FA3Rules, block_m: int, num_splits: int, paged_non_tma: bool, is_local: bool
-) -> tuple[bool, str]:
-    """Whether the q heads of a KV head share a tile, and why."""
-    if rules.packs_with_splits == "also" and num_splits > 1:
-        return True, "this build always packs with splits"
-    if rules.packs_equal_headdims and p.headdim == p.value_headdim:
-        return True, "this build always packs when headdim == headdim_v"
-    if p.pack_gqa is not None:
-        return p.pack_gqa, "given"
-    if p.arch < 90:
-        return True, "sm_8x kernels always pack"
-    if paged_non_tma:
-        return True, "kernels for paged KV without TMA always pack"
-    if num_splits > 1:
-        return True, "kernels with splits always pack"
-    group = p.q_heads_per_kv_head
-    if rules.packs_narrow_windows and group == 8 and is_local and p.headdim == p.value_headdim == 64:
-        return True, "this build packs 8 q heads of dim 64 under a window"
-    if group == 1:
-        return False, "one q head per KV head"
-    if p.has_cu_seqlens_q or p.has_seqused_q:
-        return True, "query lengths vary"
-    packed, unpacked = (_tile_fill(rows, block_m) for rows in (p.max_seqlen_q * group, p.max_seqlen_q))
-    if float(unpacked) < 0.9 * float(packed):
-        return True, "packed rows fill their tiles better"
-    return False, "unpacked rows fill their tiles well enough"
-
-
-def _tile_fill(rows: int, block_m: int) -> np.float32:
-    """Part of the tiles' rows that is used."""
-    if rows == 0:
-        return np.float32("nan")  # 0 / 0, as in FA3: every comparison with it is false
-    return np.float32(rows) / np.float32(-(-rows // block_m) * block_m)
-
-
-def _int32(value: int) -> int:
-    """`value` wrapped as C++ int arithmetic wraps it."""
-    return (value + 2**31) % 2**32 - 2**31
-
-
-def _num_blocks(rows: int, block_m: int) -> int:
-    """ceil_div(rows, kBlockM) in C++ ints, which divide towards zero: rows that have wrapped are negative."""
-    return int(_int32(rows + block_m - 1) / block_m)

@@ -119,8 +119,8 @@ def test_a_call_that_was_refused_is_not_planned_again(monkeypatch: pytest.Monkey
     from fa3_metadata.triton_kernels import plan
 
     planned: list[Any] = []
-    original = plan._resolve_pack_gqa
-    monkeypatch.setattr(plan, "_resolve_pack_gqa", lambda *given: planned.append(given) or original(*given))
+    original = plan.resolve_pack_gqa
+    monkeypatch.setattr(plan, "resolve_pack_gqa", lambda *given: planned.append(given) or original(*given))
     wrapped = invariant(recording_forward())
     wrapped(**ragged(123))
     assert planned
