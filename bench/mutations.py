@@ -167,7 +167,7 @@ PLAN = (
     Mutation(
         "bytes-that-wrap",
         f"{_KERNELS}/heuristics.py",
-        "kv_head_bytes = _int32(max_seqlen_k * (p.headdim + p.value_headdim) * p.element_size)",
+        "kv_head_bytes = int32(max_seqlen_k * (p.headdim + p.value_headdim) * p.element_size)",
         "kv_head_bytes = max_seqlen_k * (p.headdim + p.value_headdim) * p.element_size",
         "FA3 counts the bytes of a KV head in int32: one of 2 GiB is negative and not split",
         ("tests/builds/test_rules.py::test_int32_overflow_of_a_kv_head_is_kept",),
@@ -175,8 +175,8 @@ PLAN = (
     Mutation(
         "wrapped-rows-divide-towards-zero",
         f"{_KERNELS}/heuristics.py",
-        "return int(_int32(rows + block_m - 1) / block_m)",
-        "return _int32(rows + block_m - 1) // block_m",
+        "return int(int32(rows + block_m - 1) / block_m)",
+        "return int32(rows + block_m - 1) // block_m",
         "C++ divides towards zero, Python down: query rows that have wrapped count a block more",
         ("tests/calls/test_plan_edges.py::test_query_rows_that_wrap_divide_towards_zero",),
     ),
