@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import sys
 import time
 from typing import Any
 
@@ -112,7 +113,7 @@ def _rank(rank: int, ranks: int, replays: int, seed: int) -> None:
     torch.distributed.destroy_process_group()
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench stress", description=__doc__.splitlines()[0] if __doc__ else None
     )
@@ -120,11 +121,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ranks", type=int, default=1)
     options = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("stress: replays need a CUDA GPU, and an FA3", file=sys.stderr)
+        return 2
     if options.ranks > 1:
         arguments = (options.ranks, options.replays, options.seed)
         multiprocessing.spawn(_rank, arguments, nprocs=options.ranks)  # type: ignore[no-untyped-call]
-        return
+        return 0
     seconds = stress(options.replays, options.seed)
     where = f"{detect_build().build} on {torch.cuda.get_device_name()}"
     layers = options.replays * len(LAYERS)
     print(f"{where}: {options.replays} replays, {layers} layer outputs, all bitwise equal, in {seconds:.1f} s")
+    return 0

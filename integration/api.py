@@ -86,7 +86,8 @@ def get_scheduler_metadata(
         max_seqlen_k_new: keys appended to every sequence, or the most of any with `cu_seqlens_k_new`.
         causal: causal mask, aligned to the last query and key.
         window_size: (left, right) tokens visible around a query, both ends inclusive; -1: unlimited.
-        attention_chunk: chunk length in tokens; 0: off. vLLM's builds and sgl-kernel up to 0.3.16 have none.
+        attention_chunk: chunk length in tokens; 0: off. vLLM's builds, sgl-kernel up to 0.3.16 and
+            0.3.16.post2 have none.
         has_softcap: whether the forward caps scores.
         num_splits: upper bound on the KV splits of a sequence, at most 256; 0: FA3's heuristic.
         pack_gqa: whether q heads of a KV head share tiles; None: FA3's heuristic.
@@ -104,8 +105,9 @@ def get_scheduler_metadata(
         batch_invariant: with "balanced", the bits of a sequence's attention depend on its own queries and keys alone,
             whatever else is in the batch: triton_kernels/invariance.py says on which facts of a call that stands. A
             call for which it would not hold is refused: ragged queries of so many tokens that FA3 takes another
-            kernel, a window over the whole of max_seqlen_k, more than 992 sequences for vLLM's builds, a forward that
-            is not told num_splits. Calls of more than 8 query blocks a sequence (prefills) are not split.
+            kernel, a window over the whole of max_seqlen_k, more than 992 sequences for vLLM's builds and sgl-kernel
+            up to 0.3.16 and 0.3.16.post2, a forward that is not told num_splits. Calls of more than 8 query blocks a
+            sequence (prefills) are not split, unless num_splits is given.
         max_partial_bytes: with "balanced" and num_splits 0, what the forward's partial outputs may take; not applied
             with `batch_invariant`.
         total_q: with ragged queries, q.shape[0] of the forward, which the bound on splits of sglang-kernel 0.4.5 and

@@ -51,8 +51,9 @@ VARIABLES = (
         "plugin",
     ),
     Variable(
-        BATCH_INVARIANT_VARIABLE, "SGLang: bits by a sequence's own lengths alone; needs policy balanced", "0",
-        _SWITCH, "plugin",
+        BATCH_INVARIANT_VARIABLE,
+        "SGLang: the same bits whatever else is in the batch; needs FA3_METADATA_POLICY=balanced",
+        "0", _SWITCH, "plugin",
     ),
     Variable(
         IN_PLACE_VARIABLE, "vLLM: metadata is made in the buffer that CUDA graphs read", "0", _SWITCH, "plugin",

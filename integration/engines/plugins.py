@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 
+from ..installed import installed_version
 from ..settings import BATCH_INVARIANT_VARIABLE, DISABLE_VARIABLE, Settings, is_disabled, read_settings
 from .once import warn_once
 
@@ -24,7 +25,11 @@ def sglang() -> None:
 
     def attach(settings: Settings) -> None:
         from .sglang import attach_new_backends
+        from .sglang_reach import unknown_version
 
+        version = installed_version("sglang")
+        if version is not None and (reason := unknown_version(version)) is not None:
+            raise RuntimeError(reason)
         attach_new_backends(policy=settings.policy, batch_invariant=settings.batch_invariant, strict=settings.strict)
 
     _run("SGLang", SGLANG_LOG, attach)

@@ -112,14 +112,21 @@ def why_not(version: str | None, build: str | None = None) -> str | None:
         return f"{DISABLE_VARIABLE} is set"
     if version is None:
         return "SGLang is not installed"
-    if not any(names.covers(version) for names in ALL_LAYOUTS):
-        ranges = f"{LAYOUTS[-1].versions.split(' to ')[0]} to {LAYOUTS[0].versions.split(' to ')[1]}"
-        return f"SGLang must be {ranges}, got {version}"
+    if (reason := unknown_version(version)) is not None:
+        return reason
     try:
         resolve_build(build)
     except ValueError as error:
         return str(error)
     return None
+
+
+def unknown_version(version: str) -> str | None:
+    """Why a version of SGLang is left alone, whatever its names are; None: it is one that was read."""
+    if any(names.covers(version) for names in ALL_LAYOUTS):
+        return None
+    ranges = f"{LAYOUTS[-1].versions.split(' to ')[0]} to {LAYOUTS[0].versions.split(' to ')[1]}"
+    return f"SGLang must be {ranges}, got {version}"
 
 
 def reach(

@@ -38,7 +38,7 @@ def pyplot() -> Any:
         matplotlib.use("Agg")
         from matplotlib import pyplot as found
     except ImportError as error:
-        raise MissingExtraError(f'a picture needs matplotlib: pip install "fa3-metadata[plot]" ({error})') from None
+        raise MissingExtraError(f"a picture needs matplotlib: pip install matplotlib ({error})") from None
     return found
 
 

@@ -24,7 +24,7 @@ def check_terminal() -> None:
     try:
         import rich.console  # noqa: F401
     except ImportError as error:
-        raise MissingExtraError(f'--timeline needs rich: pip install "fa3-metadata[plot]" ({error})') from None
+        raise MissingExtraError(f"--timeline needs rich: pip install rich ({error})") from None
 
 
 def print_timelines(panels: Sequence[Panel], lengths: Sequence[Sequence[int]], console: Console | None = None) -> None:

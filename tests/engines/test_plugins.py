@@ -247,3 +247,17 @@ def test_a_plugin_initialises_no_cuda() -> None:
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.split() == ["False"]
     assert Settings() == Settings("fa3", False, False, False)
+
+
+def test_a_sglang_that_nobody_has_read_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Though its names may be those of one that was: what they mean may have changed."""
+    monkeypatch.setattr(plugins, "installed_version", lambda _: "0.5.24")
+    monkeypatch.setattr(plugins, "no_cuda", lambda: None)
+    plugins.sglang()
+    assert "SGLang is left alone" in caplog.text
+    assert "SGLang must be 0.5.7 to 0.5.23, got 0.5.24" in caplog.text
+    monkeypatch.setenv("FA3_METADATA_STRICT", "1")
+    with pytest.raises(RuntimeError, match=r"SGLang must be 0\.5\.7 to 0\.5\.23, got 0\.5\.24"):
+        plugins.sglang()

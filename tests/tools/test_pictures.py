@@ -84,13 +84,13 @@ def test_what_is_missing_is_said_before_anything_is_done(
         return honest(name, *more)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    for option in (["--plot", str(tmp_path / "out.png")], ["--timeline"]):
+    for option, missing in ((["--plot", str(tmp_path / "out.png")], "matplotlib"), (["--timeline"], "rich")):
         with pytest.raises(SystemExit) as exit_:
             cli.main([*EXPLAIN, "500", *option])
         assert exit_.value.code == 2
         said = capsys.readouterr()
         assert said.out == ""
-        assert 'pip install "fa3-metadata[plot]"' in said.err
+        assert f"pip install {missing}" in said.err
         assert said.err.count("\n") == 1
     assert cli.main([*EXPLAIN, "500", "--plot", str(tmp_path / "out.html")]) == 0, "which needs none of them"
 
