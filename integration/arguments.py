@@ -37,10 +37,8 @@ class LengthTensors(NamedTuple):
         """The tensors that the kernel reads, in its order."""
         return self.cache_seqlens, self.cu_seqlens_q, self.seqused_q, self.cu_seqlens_k_new, self.leftpad_k
 
-    def overlapping(self, out: torch.Tensor) -> str | None:
-        """The first tensor read that has memory in common with `out`, contiguous, by its ends; None: there is none."""
-        start = out.data_ptr()
-        end = start + out.nbytes
+    def overlapping(self, start: int, end: int) -> str | None:
+        """The first tensor read that has memory from address `start` up to `end`, by its ends; None: there is none."""
         for place, tensor in enumerate(self.pointers() if self._are_more() else (self.cache_seqlens,)):
             if tensor is not None and (first := tensor.data_ptr()) < end and first + _reach(tensor) > start:
                 return _READ[place]
@@ -161,6 +159,7 @@ def output_tensor(
             f"got shape {tuple(out.shape)} with strides {out.stride()}"
         )
     made = out if out.shape[0] == size else out[:size]
-    if lengths is not None and (name := lengths.overlapping(made)) is not None:
+    start = out.data_ptr()
+    if lengths is not None and (name := lengths.overlapping(start, start + 4 * size)) is not None:
         raise ValueError(f"out must not overlap {name}, which is read while it is written")
     return made

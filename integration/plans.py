@@ -305,6 +305,7 @@ class MetadataPlans:
             starts.append(starts[-1] + padded(plan.capacity))
         self._starts = starts[:-1]
         self._buffer = torch.empty(starts[-1], dtype=torch.int32, device=first.device)
+        self._memory = self._buffer.data_ptr(), self._buffer.data_ptr() + self._buffer.nbytes
         self._on_cpu = first.device.type == "cpu"
         self._schedules = Schedules(self._problems_at, [plan._rules for plan in self.plans])
         self._again = self._schedules.again
@@ -397,7 +398,7 @@ class MetadataPlans:
         tensors.check(batch_size)
         if tensors.cache_seqlens.device != first.device:
             raise ValueError(f"cache_seqlens must be on {first.device}, got {tensors.cache_seqlens.device}")
-        if (name := tensors.overlapping(self._buffer)) is not None:
+        if (name := tensors.overlapping(*self._memory)) is not None:
             raise ValueError(f"{name} must not lie in the plan's own buffer, which is written while it is read")
         for name, tensor in given.items():
             if (tensor is not None) != (name in first.varying):
