@@ -745,8 +745,8 @@ WRAPPER = (
     Mutation(
         "stream-of-the-maker",
         "integration/wrapper.py",
-        "key = (rules, problem, tuple(map(identity, inputs)), stream)",
-        "key = (rules, problem, tuple(map(identity, inputs)))",
+        "return _Wanted((rules, problem, tuple(map(identity, inputs)), stream),",
+        "return _Wanted((rules, problem, tuple(map(identity, inputs))),",
         "a layer on another stream would read metadata that may not have been written yet",
         ("tests/calls/test_wrapper_identity.py::test_each_stream_makes_its_own",),
     ),
@@ -761,8 +761,8 @@ WRAPPER = (
     Mutation(
         "rules-of-the-maker",
         "integration/wrapper.py",
-        "key = (rules, problem, tuple(map(identity, inputs)), stream)",
-        "key = (problem, tuple(map(identity, inputs)), stream)",
+        "return _Wanted((rules, problem, tuple(map(identity, inputs)), stream),",
+        "return _Wanted((problem, tuple(map(identity, inputs)), stream),",
         "the forward of one build would be given the tensor of another",
         ("tests/calls/test_wrapper_safety.py::test_builds_in_one_scope_get_each_its_own",),
     ),
@@ -861,6 +861,41 @@ WRAPPER = (
         "pass",
         "a captured layer would count as one that may have written the lengths: metadata in every layer",
         ("tests/calls/test_wrapper_safety.py::test_kinds_of_layers_share_in_a_capture_in_inference_mode",),
+    ),
+)
+
+SCOPES = (
+    Mutation(
+        "a-step-that-has-ended",
+        "integration/scopes.py",
+        "scope is None or scope.has_ended or",
+        "scope is None or",
+        "a task that outlives its step would be handed the metadata of old lengths",
+        ("tests/calls/test_wrapper_safety.py",),
+    ),
+    Mutation(
+        "a-step-of-another-thread",
+        "integration/scopes.py",
+        "scope.thread not in (None, threading.get_ident())",
+        "scope.thread is Ellipsis",
+        "two threads would write one scope, and share what the lengths of one were",
+        ("tests/calls/test_wrapper_safety.py",),
+    ),
+    Mutation(
+        "a-model-that-is-run-again",
+        "integration/engines/sglang_step.py",
+        "if now.layers and layer_of_model is now.first:",
+        "if now.layers > 1 and layer_of_model is now.first:",
+        "a drafter of one layer that is run again would be handed the metadata of its first lengths",
+        ("tests/engines/test_sglang_adapter.py::test_a_model_that_is_run_again_is_a_new_step",),
+    ),
+    Mutation(
+        "combining-costs",
+        f"{_KERNELS}/balance.py",
+        "(_COMBINE_US + rows * _ROW_US) / costs.block_us",
+        "costs.per_split * 13",
+        "on a card whose splits were measured to be cheap, small windows would be split at a loss",
+        ("tests/kernels/test_law.py::test_combining_costs_whatever_a_split_costs",),
     ),
 )
 
@@ -1195,5 +1230,5 @@ PLANS = (
 
 MUTATIONS: tuple[Mutation, ...] = (
     *BLOCKS, *KERNEL, *LAUNCH, *PLAN, *BUILDS, *INVARIANCE, *LAYOUT, *PROBLEM, *DRIVER, *TABLES, *REFERENCE,
-    *SCHEDULES, *PLANS, *CALLS, *ARGUMENTS, *WRAPPER, *INSTALL, *ENGINES,
+    *SCHEDULES, *PLANS, *CALLS, *ARGUMENTS, *WRAPPER, *SCOPES, *INSTALL, *ENGINES,
 )  # fmt: skip

@@ -58,7 +58,7 @@ class CallKeys:
                 *[None if tensor is None else identity(tensor) for tensor in reader.lengths(call)],
                 types, values,
             )  # fmt: skip
-        except (AttributeError, IndexError, TypeError):  # no tensors, or no window: reading the call says so
+        except (AttributeError, IndexError, RuntimeError, TypeError):  # no tensor or window: reading the call says so
             return None
 
     def _are_plain(self, types: tuple[type, ...]) -> bool:

@@ -134,9 +134,11 @@ class ForwardCall(NamedTuple):
 
         So vLLM's forward: it is told the longest length of the batch, and goes by it in nothing else that matters.
         """
-        left = -1 if self.window_size is None else self.window_size[0]
         longest = self.max_seqlen_k
-        if left < 0 or type(longest) is not int or self.page_table is None or left < longest - 1:
+        if type(longest) is not int or self.page_table is None or not isinstance(self.window_size, tuple | list):
+            return self
+        left = self.window_size[0]
+        if left < max(longest - 1, 0) or left >= 2**31 - 2:  # of these the former is one, and the latter none anywhere
             return self
         return self._replace(max_seqlen_k=left + 2)
 

@@ -38,6 +38,8 @@ class Scope:
 
     capture: int | None = None
     lengths_stay: bool = False  # the caller says so
+    thread: int | None = None  # whose it is; None: of any that has it
+    has_ended: bool = False  # a task that was created inside still has it
     readers: frozenset[int] = frozenset()  # nodes of the graph that is captured: layers and metadata, which only read
     made: dict[tuple[Any, ...], Made] = field(default_factory=dict)  # by problem and lengths
     answers: dict[tuple[Any, ...] | None, Answer] = field(default_factory=dict)  # to calls, by CallKeys
@@ -49,6 +51,7 @@ class Scope:
         self.made[key] = made
         if len(self.made) > _MOST_MADE:
             del self.made[next(iter(self.made))]
+            self.answers.clear()  # which hold it, too
 
     def answer(self, key: tuple[Any, ...] | None, answer: Answer) -> None:
         if key is not None:
@@ -85,12 +88,18 @@ def step(lengths_stay: bool = False) -> Iterator[None]:
     Each kind of layer makes one, also where layers read the KV cache of another. Lengths must not be written inside the
     scope other than through torch operations (not on their `.data`), which torch counts. It does not in inference mode,
     and not on tensors made there: there nothing is shared, unless `lengths_stay` says that nothing at all writes
-    lengths inside the scope. Each thread and each asyncio task has its own scopes; one inside another starts afresh.
+    lengths inside the scope. Each thread has its own scopes; an asyncio task has the one that it was created in, until
+    that ends. One inside another starts afresh.
+
+    Nor does torch count what collectives (torch.distributed) and the operators of C++ extensions write: leave the step
+    before them.
     """
-    token = CURRENT_STEP.set(Scope(lengths_stay=checked_bool("lengths_stay", lengths_stay)))
+    scope = Scope(lengths_stay=checked_bool("lengths_stay", lengths_stay), thread=threading.get_ident())
+    token = CURRENT_STEP.set(scope)
     try:
         yield
     finally:
+        scope.has_ended = True
         CURRENT_STEP.reset(token)
 
 
@@ -99,7 +108,10 @@ def current_scope(capture: Capture | None) -> Scope | None:
     if capture is None:
         if _captures.scope is not None:
             _captures.scope = None
-        return CURRENT_STEP.get()
+        scope = CURRENT_STEP.get()
+        if scope is None or scope.has_ended or scope.thread not in (None, threading.get_ident()):
+            return None
+        return scope
     if _captures.scope is None or _captures.scope.capture != capture.number:
         _captures.scope = Scope(capture.number)
     return _captures.scope

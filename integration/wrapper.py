@@ -7,11 +7,11 @@ import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from .arguments import device_facts, gpu_name
+from .arguments import LengthTensors, device_facts, gpu_name
 from .call_keys import CallKeys, identity
 from .calls import ForwardCall
 from .captured_writes import Capture, may_write
@@ -127,15 +127,26 @@ def wrap_forward(
     keys = CallKeys(defaults)
 
     def leave(reason: str, kind: str, call: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Say once why a call is left to FA3; what it is given all the same."""
+        """Say once why a call is left to FA3; what it is given all the same: one split, where it gives no number."""
+        own = None if call is None else call.get("num_splits")
+        one_split = batch_invariant and call is not None and not (type(own) is int and own > 0)
         if kind not in said:
             said.add(kind)
             if batch_invariant:
-                _log.warning("%s is called in a way that is not batch invariant: %s. It is left to FA3, with one split "
-                             "unless it gives num_splits or metadata", forward.__name__, reason)  # fmt: skip
+                how = "with one split for every sequence" if one_split else "as it is"
+                _log.warning("%s is called in a way that is not batch invariant: %s. It is left to FA3, %s",
+                             forward.__name__, reason, how)  # fmt: skip
             else:
                 _log.debug("%s is called without our metadata: %s", forward.__name__, reason)
-        return {"num_splits": 1} if batch_invariant and call is not None and not call.get("num_splits") else {}
+        return {"num_splits": 1} if one_split else {}
+
+    def without(error: Exception, call: dict[str, Any], asked: ForwardCall | None) -> Answer:
+        """To a call that gets no metadata. The forward knows better what is wrong with it."""
+        if isinstance(error, VarianceError):
+            return None, leave(str(error), error.argument, call)
+        kind = f"{type(error).__name__} {str(error).split(' ', 1)[0]}"  # the argument; a text may name any number
+        one_split = leave(str(error), kind, call if asked is not None and asked.version == 3 else None)
+        return (None, one_split) if one_split else None
 
     @functools.wraps(forward)
     def with_metadata(*args: Any, **kwargs: Any) -> Any:
@@ -180,13 +191,13 @@ def wrap_forward(
             asked = ForwardCall.read(call, defaults)
             if batch_invariant:
                 asked = asked.with_its_window()
-            made = _find_or_make(scope, capture, stream, asked, rules, chosen, told)
-        except VarianceError as error:
-            return None, leave(str(error), error.argument, call)
-        except (NotImplementedError, TypeError, ValueError) as error:  # the forward knows better what is wrong
-            is_fa3 = asked is not None and asked.version == 3
-            one_split = leave(str(error), str(error), call if is_fa3 else None)
-            return (None, one_split) if one_split else None
+            wanted = _read(asked, scope, capture, stream, rules, chosen, told)
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            return without(error, call, asked)
+        try:
+            made = _find_or_make(wanted, scope, capture, rules, chosen)
+        except (TypeError, ValueError) as error:
+            return without(error, call, asked)
         ours: dict[str, Any] = {"scheduler_metadata": made.metadata}
         if asked.max_seqlen_k is not call.get("max_seqlen_k"):
             ours["max_seqlen_k"] = asked.max_seqlen_k
@@ -196,15 +207,19 @@ def wrap_forward(
     return with_metadata
 
 
-def _find_or_make(
-    scope: Scope,
-    capture: Capture | None,
-    stream: tuple[int, int],
-    asked: ForwardCall,
-    rules: FA3Rules,
-    chosen: SchedulePolicy,
-    told: bool,
-) -> Made:
+class _Wanted(NamedTuple):
+    """What a call asks for."""
+
+    key: tuple[Any, ...]
+    problem: Problem
+    tensors: LengthTensors
+    inputs: tuple[torch.Tensor, ...]
+
+
+def _read(
+    asked: ForwardCall, scope: Scope, capture: Capture | None, stream: tuple[int, int], rules: FA3Rules,
+    chosen: SchedulePolicy, told: bool,
+) -> _Wanted:  # fmt: skip
     if reason := asked.unsupported_reason():
         raise NotImplementedError(reason)
     tensors = asked.lengths()
@@ -216,14 +231,20 @@ def _find_or_make(
     problem = asked.problem(*device_facts(asked.device, None, None), rules.bound_depends_on_batch)
     problem = chosen.of(problem, asked.device, told)
     # Another stream may not have waited for the launch on this one, so it makes its own.
-    key = (rules, problem, tuple(map(identity, inputs)), stream)
+    return _Wanted((rules, problem, tuple(map(identity, inputs)), stream), problem, tensors, inputs)
+
+
+def _find_or_make(
+    wanted: _Wanted, scope: Scope, capture: Capture | None, rules: FA3Rules, chosen: SchedulePolicy
+) -> Made:
+    key, problem, tensors, inputs = wanted
     made = scope.made.get(key)
     if made is None or (_may_be_written(made, scope, capture) if capture else not _stays(inputs, scope)):
         if chosen.batch_invariant and (variance := variance_of(problem, rules)) is not None:
             raise VarianceError(*variance.args)  # for each layer: sooner than a plan would
         tensors.check(problem.batch_size)
         its_step = step_of(problem, rules)
-        metadata = torch.empty(its_step.sizes[0], dtype=torch.int32, device=asked.device)
+        metadata = torch.empty(its_step.sizes[0], dtype=torch.int32, device=inputs[0].device)
         its_step.write((metadata,), tensors)
         made = Made(its_step.planned()[1], metadata, inputs)
         if capture is not None:

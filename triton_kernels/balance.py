@@ -46,9 +46,9 @@ LEAST_ALONE, MOST_ALONE, MOST_COST = 2.0**-6, 2.0**10, 2.0**16
 _LEAST_NUMBER, _MOST_NUMBER = 1e-12, 1e12  # of a table, so that no quotient overflows
 _MAX_SPLITS = 128  # what FA3's heuristic allows, too
 _MIN_COMBINE_SPLITS = 32  # the combine kernel costs the same up to here
-# What it costs at least, in per_split, and each output row: on both cards 1 us, 0.4 to 0.6 for a thousand rows; and a
-# quarter of a us more, since what is predicted to be as fast may be slower.
-_COMBINE_IN_SPLITS, _ROW_IN_SPLITS = 13.0, 0.005
+# us that it costs at least, and for each output row: 1, and 0.4 to 0.6 for a thousand rows, on both cards. A quarter
+# more, since what is predicted to be as fast may be slower.
+_COMBINE_US, _ROW_US = 1.22, 0.00047
 _LEAST_INVARIANT, _MOST_INVARIANT = 4, 8  # key blocks: by the law the best over many batches, whatever the kernel
 
 
@@ -60,6 +60,7 @@ class Costs:
     block: tuple[float, float, float, float]  # with a share f of the SMs at work: [0] + [1] f + [2] f^2 + [3] f^3
     per_split: float
     fixed_blocks: int = 0  # key blocks of every split, for batch-invariant schedules; 0: searched for
+    block_us: float = 1.0  # of a key block while all SMs work
 
     @property
     def alone(self) -> float:
@@ -78,19 +79,26 @@ def costs_of(problem: Problem, kernel: tuple[int, int, int, int, int], num_sms: 
 def costs_from(table: Table, kernel: tuple[int, ...], num_sms: int, batch_invariant: bool = False) -> Costs:
     """The same by the constants of a table."""
     found = kernel_constants(table, kernel)
-    alone, tile, per_split, full = _in_blocks(table, found, block_bytes(kernel), max(num_sms, 1))
+    size, num_sms = block_bytes(kernel), max(num_sms, 1)
+    alone, tile, per_split, full = _in_blocks(table, found, size, num_sms)
     tile = min(tile, MOST_COST)
     block = _cubic(min(max(alone, LEAST_ALONE), MOST_ALONE), table["softness"])
     fixed = _invariant_blocks(tile) if batch_invariant else 0
-    return Costs(_float32(tile), block, _float32(min(per_split / full, MOST_COST)), fixed)
+    per_split = _float32(min(per_split / full, MOST_COST))
+    return Costs(_float32(tile), block, per_split, fixed, full * _shared_us(table, size, num_sms))
 
 
 def _in_blocks(table: Table, found: Table, size: int, num_sms: int) -> tuple[float, float, float, float]:
     """In units of a block's time at the memory's bandwidth: alone, tile, a split, and a block while all SMs work."""
-    shared = size * num_sms / (table["bandwidth_gb_s"] * 1e3)
+    shared = _shared_us(table, size, num_sms)
     alone, p = found["alone_us"] / shared, table["softness"]
     bounded = min(max(alone, LEAST_ALONE), MOST_ALONE)
     return alone, found["tile_us"] / shared, table["split_us"] / shared, (bounded**p + 1) ** (1 / p)
+
+
+def _shared_us(table: Table, size: int, num_sms: int) -> float:
+    """What a block of so many bytes takes while all SMs work, by the memory's bandwidth."""
+    return float(size * num_sms / (table["bandwidth_gb_s"] * 1e3))
 
 
 @lru_cache(maxsize=256)
@@ -148,14 +156,14 @@ def balanced_num_splits(
 def _pays(costs: Costs, tiles: int, num_n_blocks: int, num_sms: int, rows: int) -> bool:
     """Whether splitting gains more than the combine kernel costs, where all sequences have as many key blocks."""
 
-    def time(splits: int) -> float:
-        share = tiles * splits / num_sms
-        block = sum(factor * share**power for power, factor in enumerate(costs.block))
-        return (-(-num_n_blocks // splits) + costs.tile) * block
-
-    splits = range(2, min(num_n_blocks, num_sms // max(tiles, 1)) + 1)
-    combine = _COMBINE_IN_SPLITS + rows * _ROW_IN_SPLITS
-    return any(time(some) + costs.per_split * (some + combine) < time(1) for some in splits)
+    splits = np.arange(1, min(num_n_blocks, num_sms // max(tiles, 1)) + 1)
+    if len(splits) < 2:
+        return False
+    share = tiles * splits / num_sms
+    block = sum(factor * share**power for power, factor in enumerate(costs.block))
+    time = (-(-num_n_blocks // splits) + costs.tile) * block
+    combine = costs.per_split * splits + (_COMBINE_US + rows * _ROW_US) / costs.block_us
+    return bool((time + combine)[1:].min() < time[0])
 
 
 def invariant_num_splits(problem: Problem, num_n_blocks: int, fa3: int) -> int:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from ..rounds import Rounds
 from ..scopes import CURRENT_STEP, Scope
 
 Call = Callable[..., Any]
@@ -22,7 +21,7 @@ class EagerStep:
 
     def __init__(self, metadata: Any, shares: bool) -> None:
         self.metadata, self.shares, self.layers = metadata, shares, 0
-        self.rounds = Rounds()
+        self.first: object = None  # the layer that came first; when it comes again, the model is run again
         self.scope = Scope(lengths_stay=True)  # SGLang writes a batch's lengths before its layers run
 
 
@@ -51,8 +50,11 @@ class EagerSteps:
             now = self.latest
             if torch.compiler.is_compiling() or now is None or now.metadata is not self.backend.forward_metadata:
                 return layer(*args, **kwargs)
-            if now.rounds.begins(id(args[3] if len(args) > 3 else kwargs.get("layer"))):
-                now = self.latest = EagerStep(now.metadata, now.shares)  # run again: its lengths may have grown
+            layer_of_model = args[3] if len(args) > 3 else kwargs.get("layer")
+            if now.layers and layer_of_model is now.first:
+                now = self.latest = EagerStep(now.metadata, now.shares)  # its lengths may have grown
+            if not now.layers:
+                now.first = layer_of_model
             now.layers += 1
             if not now.shares:
                 return layer(*args, **kwargs)

@@ -81,7 +81,7 @@ def test_calls_that_cannot_be_get_one_split_and_a_warning(caplog: pytest.LogCapt
     first, second = (record.getMessage() for record in caplog.records)
     assert "max_seqlen_q must be at most 8 with batch_invariant and ragged queries" in first
     assert "decode rows a call of their own" in first
-    assert "It is left to FA3, with one split unless it gives num_splits or metadata" in first
+    assert "It is left to FA3, with one split for every sequence" in first
     assert "window_size[0] must be under max_seqlen_k - 1 = 6399" in second
 
 
@@ -101,6 +101,65 @@ def test_what_the_call_says_stays(caplog: pytest.LogCaptureFixture) -> None:
     for line, part in zip(said, ("max_seqlen_q", "brings scheduler_metadata", "FlashAttention 4", "score_mod given"),
                           strict=True):  # fmt: skip
         assert part in line
+
+
+def test_numbers_that_mean_the_heuristic_are_no_bound() -> None:
+    forward = recording_forward()
+    wrapped = invariant(forward)
+    for number in (-1, 0, None):
+        wrapped(**layer(window_size=(9000, 0), num_splits=number))
+    assert [call["num_splits"] for call in forward.calls] == [1] * 3
+
+
+def test_the_warning_says_what_is_done(caplog: pytest.LogCaptureFixture) -> None:
+    forward = recording_forward()
+    wrapped = invariant(forward)
+    wrapped(**layer(ver=4))
+    wrapped(**ragged(300))
+    assert [record.getMessage().rpartition("It is left to FA3, ")[2] for record in caplog.records] == [
+        "as it is", "with one split for every sequence"
+    ]  # fmt: skip
+
+
+def test_one_mistake_is_one_warning_whatever_its_numbers(caplog: pytest.LogCaptureFixture) -> None:
+    wrapped = invariant(recording_forward())
+    for count in range(4, 60):
+        wrapped(**layer(cache_seqlens=torch.zeros(count, dtype=torch.int32)))
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"window_size": ()},
+        {"window_size": {}},
+        {"page_table": torch.zeros(3, dtype=torch.int32)},
+        {"page_table": [[0]]},
+        {"q": torch.zeros(8)},
+        {"cu_seqlens_q": 5, "max_seqlen_q": 1},
+        {"cache_seqlens": torch.zeros(3, dtype=torch.int32).to_sparse()},
+    ],
+    ids=str,
+)
+def test_what_cannot_be_read_is_the_forwards_business(wrong: dict[str, Any], batch_invariant: bool) -> None:
+    """Which says better what is wrong with it."""
+    forward = recording_forward()
+    wrapped = wrap_forward(forward, BUILD, "balanced", batch_invariant=batch_invariant)
+    with step():
+        wrapped(**layer(**wrong))
+    assert made_in(forward) == [None]
+
+
+@pytest.mark.parametrize("left", [2**31 - 3, 2**31 - 2, 2**31 - 1])
+def test_the_widest_windows(left: int, caplog: pytest.LogCaptureFixture) -> None:
+    """One that no table can be wider than is none in any batch: the forward need not be told of a wider table."""
+    forward = vllm_forward()
+    invariant(forward, VLLM)(**vllm_layer([1, 1], [900, 70], window=(left, 0)))
+    (call,) = forward.calls
+    assert call["scheduler_metadata"] is not None
+    assert call["max_seqlen_k"] == (left + 2 if left + 2 <= 2**31 - 1 else 900)
+    assert not caplog.records
 
 
 def test_without_the_promise_nothing_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:

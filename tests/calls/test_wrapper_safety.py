@@ -190,6 +190,44 @@ def test_threads_have_scopes_of_their_own() -> None:
     assert seen == [None]
 
 
+def test_a_step_that_has_ended_is_nobodys() -> None:
+    """A task that was created inside still has it, and so has a thread that took the context along."""
+    forward = recording_forward()
+    wrapped, lengths = wrap_forward(forward, BUILD), LENGTHS.clone()
+
+    async def main() -> None:
+        async def later() -> None:
+            await asyncio.sleep(0.01)
+            wrapped(**layer(cache_seqlens=lengths))
+
+        with step(lengths_stay=True):
+            wrapped(**layer(cache_seqlens=lengths))
+            task = asyncio.create_task(later())
+            await asyncio.to_thread(wrapped, **layer(cache_seqlens=lengths))
+        lengths.add_(1000)
+        await task
+
+    asyncio.run(main())
+    assert [made is not None for made in made_in(forward)] == [True, False, False]
+
+
+def test_writes_that_torch_does_not_count() -> None:
+    """What `step` says that it does not notice: should torch count them one day, say so there."""
+    library = torch.library.Library("fa3_metadata_test", "DEF")
+    library.define("advance(Tensor(a!) lengths) -> ()")
+
+    def advance(lengths: torch.Tensor) -> None:
+        lengths.numpy()[:] += 1
+
+    library.impl("advance", advance, "CPU")
+    lengths = LENGTHS.clone()
+    torch.ops.fa3_metadata_test.advance(lengths)
+    assert lengths.tolist() == (LENGTHS + 1).tolist()
+    assert lengths._version == 0
+    assert "C++ extensions" in (step.__doc__ or "")
+    assert "collectives" in (step.__doc__ or "")
+
+
 def test_a_long_scope_keeps_a_bounded_number() -> None:
     forward = recording_forward()
     wrapped, lengths = wrap_forward(forward, BUILD), LENGTHS.clone()
@@ -201,6 +239,8 @@ def test_a_long_scope_keeps_a_bounded_number() -> None:
         scope = scopes.CURRENT_STEP.get()
         assert scope is not None
         assert len(scope.made) == 256
+        held = {id(answer[0]) for answer in scope.answers.values() if answer}
+        assert held <= {id(made) for made in scope.made.values()}
     assert torch.equal(
         made_in(forward)[-1], fa3_metadata.get_scheduler_metadata(**asked("fa3", cache_seqlens=lengths - 1))
     )

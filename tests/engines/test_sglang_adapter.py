@@ -165,18 +165,21 @@ def test_layers_that_read_the_keys_of_others(
         assert call["scheduler_metadata"] is made[layer.window] is not None
 
 
-@pytest.mark.parametrize("model", ["Gemma 3n", "YOCO"])
-def test_a_model_that_is_run_again_is_a_new_step(world: Sglang, model: str) -> None:
-    """On a batch that SGLang has prepared once: nothing says that its lengths have not grown."""
-    backend, layers = world.backend(), layers_of(model)
+@pytest.mark.parametrize("model", ["Gemma 3n", "YOCO", 1, 2, 3])
+def test_a_model_that_is_run_again_is_a_new_step(world: Sglang, model: str | int) -> None:
+    """On a batch that SGLang has prepared once: nothing says that its lengths have not grown. However many layers."""
+    backend = world.backend()
+    layers = layers_of(model) if isinstance(model, str) else layers_of("Gemma 3n")[:model]
     attach(backend, BUILD)
     with torch.inference_mode():
         backend.init_forward_metadata(Batch([300, 5, 70], speculative=True))
-        for lengths in ([300, 5, 70], [9000, 5, 70]):
+        for longest in (300, 9000, 4000, 64, 15000, 300):
+            lengths = [longest, 5, 70]
             backend.forward_metadata.cache_seqlens_int32.numpy()[:] = lengths
             world.calls.clear()
             backend.run_layers(layers)
-            assert len({id(call["scheduler_metadata"]) for call in world.calls}) == 2
+            kinds = {layer.window for layer in layers}
+            assert len({id(call["scheduler_metadata"]) for call in world.calls}) == len(kinds)
             for layer, call in zip(layers, world.calls, strict=True):
                 window = (layer.window, 0 if layer.window >= 0 else -1)
                 right = fa3_metadata.get_scheduler_metadata(

@@ -213,6 +213,16 @@ def test_the_driver_agrees_with_the_datasheet() -> None:
 # ---- the suites ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("split_us", [0.0, 0.01, 0.0924, 1.0])
+def test_combining_costs_whatever_a_split_costs(split_us: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table that was tuned may say that splits are for nothing: the combine kernel is not."""
+    table = balance.constants_of(DEFAULT_GPU) | {"split_us": split_us}
+    costs = balance.costs_from(table, (2, 128, 128, 64, 128), 132)
+    assert not balance._pays(costs, 16, 2, 132, 1000)
+    assert not balance._pays(costs, 1, 4, 132, 100_000)
+    assert balance._pays(costs, 1, 4, 132, 8) == (split_us < 0.5)
+
+
 def test_the_random_suite_is_another_one() -> None:
     assert len(RANDOM_SUITE) >= 30
     names = [w.name for w in (*SUITE, *RANDOM_SUITE)]
