@@ -71,7 +71,7 @@ class World:
 
     def layer(self, backend: Any, method: str = "forward_decode") -> Any:
         count = len(backend.forward_metadata.lengths)
-        getattr(backend, method)(torch.zeros(count, 16, 64, dtype=torch.bfloat16), None, None, None, None)
+        getattr(backend, method)(torch.zeros(count, 16, 64, dtype=torch.bfloat16), None, None, object(), None)
         return self.calls[-1]["metadata"]
 
 
