@@ -151,9 +151,9 @@ def get_scheduler_metadata(
     kind, key, schedules = None, None, None
     try:
         kind = build, backend, cache_seqlens.device, static
+        types = [*map(type, static), *map(type, window_size)]  # 1 and 1.0 and True are equal, but not all are allowed
         known = _kinds.get(kind)
-        # Types, too: 1 and 1.0 and True are equal, but not all of them are allowed.
-        if known is not None and known[0] == [*map(type, static), *map(type, window_size)]:
+        if known is not None and known[0] == types:
             schedules = known[1]
             if out is not None and (batch_size, max_seqlen_k) in schedules.steps:
                 if cu_seqlens_q is cu_seqlens_k is cu_seqlens_k_new is seqused_q is leftpad_k is None:
@@ -173,7 +173,7 @@ def get_scheduler_metadata(
         problem = make_problem(tensors, batch_size=batch_size, max_seqlen_k=max_seqlen_k, **named)
         schedules = schedules_of(problem, rules)
         if kind is not None:
-            keep(_kinds, _MOST_KINDS, kind, ([*map(type, static), *map(type, window_size)], schedules))
+            keep(_kinds, _MOST_KINDS, kind, (types, schedules))
     batch_size, max_seqlen_k = checked_int("batch_size", batch_size, 0), checked_int("max_seqlen_k", max_seqlen_k, 0)
     tensors.check(batch_size)
     step = schedules.at(batch_size, max_seqlen_k)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .calls import NO_MATTER, names_of
+from .schedules import keep
 
 _SIZED = ("q", "k_cache", "v_cache", "page_table", "k_new")
 _LENGTHS = ("cache_seqlens", "cu_seqlens_q", "seqused_q", "cu_seqlens_k_new", "leftpad_k")
@@ -39,7 +40,6 @@ class CallKeys:
     def __init__(self, defaults: Mapping[str, Any]) -> None:
         self._defaults = defaults
         self._readers: dict[tuple[str, ...], _Reader] = {}
-        self._plain: set[tuple[type, ...]] = set()
 
     def of(self, call: Mapping[str, Any], where: Hashable) -> tuple[Any, ...] | None:
         """The key of a call made there; None: each such call is to be read, since it cannot be told from others."""
@@ -50,7 +50,7 @@ class CallKeys:
             if reader.window is not None and (window := call[reader.window]) is not None:
                 values = *values, "window", *window
             types = tuple(map(type, values))
-            if types not in self._plain and not self._are_plain(types):
+            if not _PLAIN.issuperset(types):  # which may hold memory of the caller's alive, or not tell by `==`
                 return None
             return (
                 reader, where, sized[0].dtype,
@@ -61,13 +61,6 @@ class CallKeys:
         except (AttributeError, IndexError, RuntimeError, TypeError):  # no tensor or window: reading the call says so
             return None
 
-    def _are_plain(self, types: tuple[type, ...]) -> bool:
-        """Whether values of these types hold nothing of the caller's alive, and tell by `==` whether they are alike."""
-        if not _PLAIN.issuperset(types):
-            return False
-        self._plain.add(types)
-        return True
-
     def _read_names(self, names: tuple[str, ...]) -> _Reader:
         ours = {theirs: name for name, theirs in names_of(names, self._defaults)}
         kinds = {name: ours.get(name, "") for name in names if name in ours or name not in NO_MATTER}
@@ -77,9 +70,7 @@ class CallKeys:
             _getter([name for name in kinds if kinds[name] not in _NO_VALUES]),
             next((name for name in kinds if kinds[name] == "window_size"), None),
         )
-        if len(self._readers) >= _MOST_READERS:
-            self._readers.clear()
-        self._readers[names] = made
+        keep(self._readers, _MOST_READERS, names, made)
         return made
 
 

@@ -185,7 +185,7 @@ def _planned(problem: Problem, rules: FA3Rules) -> LaunchPlan:
         if own_bound:
             tiles = p.num_heads_k * num_blocks(query_rows, block_m)
             fa3, _ = resolve_num_splits(p, p.max_seqlen_k, tiles, *bound)
-            costs = costs_of(p, _compiled_kernel(p, block_m, block_n), num_sms)
+            costs = costs_of(p, compiled_kernel(p, block_m, block_n), num_sms)
             num_splits = balanced_num_splits(p, costs, tiles, -(-keys_read // block_n), num_sms, fa3)
             why_num_splits = ("what may pay, within max_partial_bytes",)
         else:
@@ -231,7 +231,7 @@ def _planned(problem: Problem, rules: FA3Rules) -> LaunchPlan:
         heads_per_l2_head=1 if pack_gqa else group,
         max_kvblocks_in_l2=rules.l2_bytes(group) // kv_block_bytes,
         dynamic_splits=dynamic_splits,
-        costs=costs_of(p, _compiled_kernel(p, block_m, block_n), num_sms) if balanced else None,
+        costs=costs_of(p, compiled_kernel(p, block_m, block_n), num_sms) if balanced else None,
         attention_chunk=p.attention_chunk,
         max_seqlen_q=p.max_seqlen_q,
         is_short=_is_short(p, p.max_seqlen_k),
@@ -365,7 +365,8 @@ def _round_headdim(headdim: int) -> int:
     return next(rounded for rounded in (64, 96, 128, 192, 256, 512) if headdim <= rounded)
 
 
-def _compiled_kernel(p: Problem, block_m: int, block_n: int) -> tuple[int, int, int, int, int]:
+def compiled_kernel(p: Problem, block_m: int, block_n: int) -> tuple[int, int, int, int, int]:
+    """What serves a call: (element size, head dim, head dim of v, kBlockM, kBlockN), head dims as compiled."""
     return p.element_size, _round_headdim(p.headdim), _round_headdim(p.value_headdim), block_m, block_n
 
 

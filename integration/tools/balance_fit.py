@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from ..api import plan_call
 from ..triton_kernels.balance import block_bytes
 from ..triton_kernels.card import peak_gb_s
+from ..triton_kernels.plan import compiled_kernel
 
 PAGE = 64  # tokens; no tile divides it, so that all kernels page in the same way
 SOFTNESS = 3.0  # the law's p: a fit of it says 2.4 to 4 for the same card, and predicts no better
@@ -198,9 +199,9 @@ def call_arguments(attention: Attention, batch: Batch, block_n: int, build: str)
 
 
 def kernel_of(attention: Attention, build: str, device: torch.device | None = None) -> tuple[int, int, int, int, int]:
-    """(element size, head dim, head dim of v, kBlockM, kBlockN) of the kernel that serves an attention."""
+    """The compiled kernel that serves an attention."""
     _, problem, _, plan = plan_call(call_arguments(attention, Batch.even(1, 64), 128, build), device)
-    return problem.element_size, attention.headdim, attention.headdim_v, plan.block_m, plan.block_n
+    return compiled_kernel(problem, plan.block_m, plan.block_n)
 
 
 def fit_table(

@@ -88,7 +88,7 @@ def add_shape_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--build", help='FA3 build, such as "vllm-0.33.0" (default: what is installed)')
     parser.add_argument("--policy", choices=POLICIES, help="fa3: FA3's own schedule (default); balanced: ours")
     parser.add_argument(
-        "--batch-invariant", action="store_const", const=True, help="balanced: bits by a sequence's own lengths alone"
+        "--batch-invariant", action="store_const", const=True, help="balanced: the same bits in any batch"
     )
     parser.add_argument("--gpu", help=f"explain for this card: {', '.join(CARDS)} (default: the one here, or an H200)")
 

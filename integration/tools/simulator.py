@@ -23,14 +23,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..triton_kernels.balance import block_bytes
-from ..triton_kernels.plan import LaunchPlan
+from ..triton_kernels.plan import LaunchPlan, compiled_kernel
 from ..triton_kernels.problem import Problem
 from ..triton_kernels.reference import Lengths, reference_metadata, sequence_lengths
 from .cards import CardCosts, costs_of_card
 
 Ints = NDArray[np.int32]
 Floats = NDArray[np.float64]
-_COMPILED_HEADDIMS = (64, 96, 128, 192, 256, 512)
 # us that FA3's own metadata kernel adds to a layer, by sequences, where it has splits to find; and where it has none.
 _OWN_METADATA = ((1, 32, 64, 128, 256, 992, 4096), (1.9, 2.3, 2.7, 3.5, 4.6, 8.6, 9.5))
 _OWN_METADATA_UNSPLIT = 0.55
@@ -254,11 +253,8 @@ def simulate(
 
 
 def kernel_of(problem: Problem, plan: LaunchPlan) -> tuple[int, int, int, int, int]:
-    """The compiled kernel that serves a call: (element size, head dim, head dim of v, kBlockM, kBlockN)."""
-    d, dv = (
-        next(size for size in _COMPILED_HEADDIMS if one <= size) for one in (problem.headdim, problem.value_headdim)
-    )
-    return problem.element_size, d, dv, plan.block_m, plan.block_n
+    """The compiled kernel that serves a call."""
+    return compiled_kernel(problem, plan.block_m, plan.block_n)
 
 
 def _played(work: Floats, num_sms: int) -> tuple[Ints, Floats, Floats]:
