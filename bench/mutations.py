@@ -892,7 +892,7 @@ SCOPES = (
     Mutation(
         "combining-costs",
         f"{_KERNELS}/balance.py",
-        "(_COMBINE_US + rows * _ROW_US) / costs.block_us",
+        "costs.combine + (rows * _ROW_US + at_least_us) / costs.block_us",
         "costs.per_split * 13",
         "on a card whose splits were measured to be cheap, small windows would be split at a loss",
         ("tests/kernels/test_law.py::test_combining_costs_whatever_a_split_costs",),

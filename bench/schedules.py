@@ -2,6 +2,7 @@
 
     python -m bench schedules                     # the named workloads
     python -m bench schedules --suite random      # others, drawn at random, that nobody looked at
+    python -m bench schedules --suite seen        # drawn at random, too, but looked at since
     python -m bench schedules --sm-margin 54      # a card with 54 SMs less
     python -m bench schedules --invariant         # and what batch invariance costs
 
@@ -48,7 +49,7 @@ from fa3_metadata.triton_kernels.plan import make_plan
 from fa3_metadata.triton_kernels.reference import Lengths, blocks_read, metadata_of_splits, sequence_blocks
 
 from .decode_step import why_not
-from .workloads import RANDOM_SUITE, SUITE, Workload, sizes_to_try
+from .workloads import RANDOM_SUITE, SEEN_SUITE, SUITE, Workload, sizes_to_try
 
 PAGE, LAYERS = 64, 32
 POOL_BYTES = 600 << 20  # of KV between two readings of the same: well over L2
@@ -57,7 +58,7 @@ PARTIAL_BYTES = 1 << 30  # the oracle's partial outputs are kept below
 LAUNCHED = (1, 32, 64, 128, 192, 256, 512, 992, 1024, 8192)  # sequences
 COMPARED = ("none", "fa3", "balanced")
 INVARIANT, ONE_SPLIT = "invariant", "one split"
-SUITES = {"named": SUITE, "random": RANDOM_SUITE}
+SUITES = {"named": SUITE, "random": RANDOM_SUITE, "seen": SEEN_SUITE}
 TOLERANCE = {"bfloat16": 0.02, "float8_e4m3fn": 0.05}  # relative, of the norm
 
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import fcntl
 import os
+import pathlib
+import tempfile
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -35,6 +39,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip, append=False)  # before any wheel that it needs besides
+
+
+@pytest.fixture(autouse=True)
+def _the_gpu_alone(request: pytest.FixtureRequest) -> Iterator[None]:
+    """While a test marked `alone` runs, no other worker has the GPU.
+
+    All others share a lock, which it takes for itself. Whoever takes either passes the gate first, so that it need not
+    wait until no other test happens to run.
+    """
+    if not HAS_GPU:
+        yield
+        return
+    folder = pathlib.Path(tempfile.gettempdir())
+    alone = request.node.get_closest_marker("alone") is not None
+    with (
+        (folder / f"fa3-metadata-tests-{os.getuid()}.gate").open("w") as gate,
+        (folder / f"fa3-metadata-tests-{os.getuid()}.gpu").open("w") as gpu,
+    ):
+        fcntl.flock(gate, fcntl.LOCK_EX)
+        fcntl.flock(gpu, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(gate, fcntl.LOCK_UN)
+        yield
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -16,6 +16,12 @@ and the rest, s in all for each SM. As the big ones go first, they come in waves
                  r + s / (h / 2), in the upper with r (l / (h / 2) - 1); what is more than 1 moves up
     overhang     m' - 2 d, with m' the mean of the rest, half of it, alone: where these need more than 1 - r of the SMs
 
+Combining costs split_us for each split of the sequence with the most, and something by itself, unless nothing is split.
+FA3's combine kernel takes 8 output rows of a sequence at a time, 16 where a row of v is 64 numbers or fewer. Rows that
+are none it combines, too, of as many splits as it is compiled for: the next power of two of the bound, from 32 on
+(flash_fwd_combine_kernel.h leaves what it reads of them as it was). So with four query heads, or with eight of 64, a
+bound of 128 costs 4 us more than one of 32, however few splits there are.
+
 Where there are at most as many tiles as SMs, that is the law itself but for what it makes of sizes between. The
 numbers are measured, by `fa3-metadata tune balance`, and kept in balance_*.json or in the cache folder (tables.py).
 A card that was not measured takes the constants of one that was, with its own bandwidth and SMs (card.py).
@@ -46,9 +52,10 @@ LEAST_ALONE, MOST_ALONE, MOST_COST = 2.0**-6, 2.0**10, 2.0**16
 _LEAST_NUMBER, _MOST_NUMBER = 1e-12, 1e12  # of a table, so that no quotient overflows
 _MAX_SPLITS = 128  # what FA3's heuristic allows, too
 _MIN_COMBINE_SPLITS = 32  # the combine kernel costs the same up to here
-# us that it costs at least, and for each output row: 1, and 0.4 to 0.6 for a thousand rows, on both cards. A quarter
-# more, since what is predicted to be as fast may be slower.
-_COMBINE_US, _ROW_US = 1.22, 0.00047
+_COMBINE_US, _ROW_US = 0.98, 0.00047  # that it costs by itself, and for each output row, on both cards
+_SPARE_ROW_US = 0.04  # for each split that is combined of a row that is none, by sweeps on an H100
+# A decode layer that is as short as they come: what a bound costs there is weighed against what it gains elsewhere.
+_SHORT_LAYER_US, _LAUNCH_US = 8.0, 5.0
 _LEAST_INVARIANT, _MOST_INVARIANT = 4, 8  # key blocks: by the law the best over many batches, whatever the kernel
 
 
@@ -61,6 +68,7 @@ class Costs:
     per_split: float
     fixed_blocks: int = 0  # key blocks of every split, for batch-invariant schedules; 0: searched for
     block_us: float = 1.0  # of a key block while all SMs work
+    combine: float = 0.0  # that something is split at all
 
     @property
     def alone(self) -> float:
@@ -73,19 +81,30 @@ def costs_of(problem: Problem, kernel: tuple[int, int, int, int, int], num_sms: 
 
     A kernel that was not measured gets scaled constants.
     """
-    return costs_from(constants_of(problem.gpu), kernel, num_sms, problem.batch_invariant)
+    spare = has_spare_rows(problem)
+    return costs_from(constants_of(problem.gpu), kernel, num_sms, problem.batch_invariant, spare)
 
 
-def costs_from(table: Table, kernel: tuple[int, ...], num_sms: int, batch_invariant: bool = False) -> Costs:
-    """The same by the constants of a table."""
+def costs_from(
+    table: Table, kernel: tuple[int, ...], num_sms: int, batch_invariant: bool = False, spare_rows: bool = False
+) -> Costs:
+    """The same by the constants of a table. With spare rows combining takes the same whatever the splits."""
     found = kernel_constants(table, kernel)
     size, num_sms = block_bytes(kernel), max(num_sms, 1)
     alone, tile, per_split, full = _in_blocks(table, found, size, num_sms)
     tile = min(tile, MOST_COST)
     block = _cubic(min(max(alone, LEAST_ALONE), MOST_ALONE), table["softness"])
     fixed = _invariant_blocks(tile) if batch_invariant else 0
-    per_split = _float32(min(per_split / full, MOST_COST))
-    return Costs(_float32(tile), block, per_split, fixed, full * _shared_us(table, size, num_sms))
+    per_split = 0.0 if spare_rows else _float32(min(per_split / full, MOST_COST))
+    block_us = full * _shared_us(table, size, num_sms)
+    return Costs(_float32(tile), block, per_split, fixed, block_us, _float32(min(_COMBINE_US / block_us, MOST_COST)))
+
+
+def has_spare_rows(problem: Problem) -> bool:
+    """Whether the combine kernel takes rows of a sequence together of which some are none."""
+    ragged = problem.has_cu_seqlens_q or problem.has_seqused_q
+    rows = problem.num_heads * (1 if ragged else problem.max_seqlen_q)
+    return rows % (16 if problem.value_headdim <= 64 else 8) != 0
 
 
 def _in_blocks(table: Table, found: Table, size: int, num_sms: int) -> tuple[float, float, float, float]:
@@ -140,29 +159,39 @@ def _invariant_blocks(tile: float) -> int:
     return max(_LEAST_INVARIANT, min(round(8 * tile), _MOST_INVARIANT))
 
 
+def combined_us(problem: Problem, bound: int, splits: int, split_us: float) -> float:
+    """Of the combine kernel: what it takes for the splits of the sequence with the most, by the bound and split_us."""
+    if not has_spare_rows(problem):
+        return split_us * splits
+    least = _MIN_COMBINE_SPLITS // (2 if problem.value_headdim <= 64 else 1)
+    return max(split_us * splits, _SPARE_ROW_US * max(least, 1 << (bound - 1).bit_length()))
+
+
 def balanced_num_splits(
     problem: Problem, costs: Costs, tiles_of_a_sequence: int, num_n_blocks: int, num_sms: int, fa3: int
 ) -> int:
     """The bound on splits, from static facts alone; `fa3` is what FA3's heuristic says."""
-    tiles = max(1, tiles_of_a_sequence)
-    useful = min(_useful_splits(problem, fa3), max(num_n_blocks, 1))
+    tiles = problem.batch_size * max(1, tiles_of_a_sequence)
     rows = problem.batch_size * problem.max_seqlen_q * problem.num_heads
-    if fa3 == 1 and not _pays(costs, problem.batch_size * tiles, num_n_blocks, num_sms, rows):
+    spare = has_spare_rows(problem)
+    at_least_us = combined_us(problem, num_n_blocks, 0, 0.0)
+    if fa3 == 1 and not _pays(costs, tiles, num_n_blocks, num_sms, rows, at_least_us):
         return 1  # a single split needs no combine kernel
+    useful = _least_regret(costs, num_n_blocks, num_sms, fa3) if spare else _useful_splits(fa3)
+    useful = min(useful, max(num_n_blocks, 1))
     row_bytes = 4 * (problem.value_headdim + 1)  # the partial output and its log-sum-exp, in float32
     return max(1, min(useful, problem.max_partial_bytes // max(1, rows * row_bytes)))
 
 
-def _pays(costs: Costs, tiles: int, num_n_blocks: int, num_sms: int, rows: int) -> bool:
+def _pays(costs: Costs, tiles: int, num_n_blocks: int, num_sms: int, rows: int, at_least_us: float = 0.0) -> bool:
     """Whether splitting gains more than the combine kernel costs, where all sequences have as many key blocks."""
-
     splits = np.arange(1, min(num_n_blocks, num_sms // max(tiles, 1)) + 1)
     if len(splits) < 2:
         return False
     share = tiles * splits / num_sms
     block = sum(factor * share**power for power, factor in enumerate(costs.block))
     time = (-(-num_n_blocks // splits) + costs.tile) * block
-    combine = costs.per_split * splits + (_COMBINE_US + rows * _ROW_US) / costs.block_us
+    combine = costs.per_split * splits + costs.combine + (rows * _ROW_US + at_least_us) / costs.block_us
     return bool((time + combine)[1:].min() < time[0])
 
 
@@ -171,14 +200,31 @@ def invariant_num_splits(problem: Problem, num_n_blocks: int, fa3: int) -> int:
 
     A window of few key blocks is never split into more than it has room for, at the fewest key blocks of a split.
     """
-    return min(_useful_splits(problem, fa3), -(-(num_n_blocks + 1) // _LEAST_INVARIANT))
+    useful = min(_useful_splits(fa3), 2 * _MIN_COMBINE_SPLITS if has_spare_rows(problem) else _MAX_SPLITS)
+    return min(useful, -(-(num_n_blocks + 1) // _LEAST_INVARIANT))
 
 
-def _useful_splits(problem: Problem, fa3: int) -> int:
+def _useful_splits(fa3: int) -> int:
     """Splits that let the longest sequence fill the SMs; the combine kernel's cost rises at powers of two."""
-    if problem.value_headdim <= 64:  # a combine kernel whose cost grows fast with the bound
-        return _MIN_COMBINE_SPLITS
     return min(max(_MIN_COMBINE_SPLITS, 1 << (fa3 - 1).bit_length()), _MAX_SPLITS)
+
+
+def _least_regret(costs: Costs, num_n_blocks: int, num_sms: int, fa3: int) -> int:
+    """The same where the bound costs time: lengths are not known, so what can be lost by it is kept least.
+
+    Of the two extremes, a short layer, for which every bound is wide enough, and one sequence as long as they may be.
+    """
+    bounds = [1 << k for k in range(5, 8) if 1 << k <= _useful_splits(fa3)]
+
+    def longest(bound: int) -> float:
+        splits = max(min(bound, num_n_blocks, num_sms), 1)
+        block = sum(factor * (splits / num_sms) ** power for power, factor in enumerate(costs.block)) * costs.block_us
+        return _LAUNCH_US + (-(-num_n_blocks // splits) + costs.tile) * block + _SPARE_ROW_US * bound
+
+    short = {bound: _SHORT_LAYER_US + _SPARE_ROW_US * bound for bound in bounds}
+    long = {bound: longest(bound) for bound in bounds}
+    least = min(short.values()), min(long.values())
+    return min(bounds, key=lambda bound: max(short[bound] / least[0], long[bound] / least[1]))
 
 
 @lru_cache(maxsize=64)

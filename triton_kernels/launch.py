@@ -269,6 +269,7 @@ def _numbers(plan: LaunchPlan) -> Numbers:
         block_cost_2=costs.block[2],
         block_cost_3=costs.block[3],
         split_cost=costs.per_split,
+        combine_cost=costs.combine,
     )
 
 

@@ -22,7 +22,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from ..triton_kernels.balance import block_bytes
+from ..triton_kernels.balance import block_bytes, combined_us, has_spare_rows
 from ..triton_kernels.plan import LaunchPlan, compiled_kernel
 from ..triton_kernels.problem import Problem
 from ..triton_kernels.reference import Lengths, reference_metadata, sequence_lengths
@@ -33,6 +33,7 @@ Floats = NDArray[np.float64]
 # us that FA3's own metadata kernel adds to a layer, by sequences, where it has splits to find; and where it has none.
 _OWN_METADATA = ((1, 32, 64, 128, 256, 992, 4096), (1.9, 2.3, 2.7, 3.5, 4.6, 8.6, 9.5))
 _OWN_METADATA_UNSPLIT = 0.55
+_IDLE_COMBINE = 0.3  # of a combine kernel for a batch in which nothing is split, which it sees and ends
 
 
 @dataclass(frozen=True, eq=False)
@@ -294,7 +295,12 @@ def _partial_bytes(problem: Problem, schedule: Schedule) -> int:
 def _combine_us(problem: Problem, plan: LaunchPlan, schedule: Schedule, costs: CardCosts) -> float:
     if plan.num_splits == 1:
         return 0.0
-    time = costs.combine + costs.split * int(schedule.splits.max(initial=1))
+    most = int(schedule.splits.max(initial=1))
+    if most == 1:
+        return _IDLE_COMBINE
+    time = costs.combine + combined_us(problem, plan.num_splits, most, costs.split)
     time += costs.partial * _partial_bytes(problem, schedule) / 1e6
     time += costs.rows * problem.query_tokens * problem.num_heads / 1000
-    return time + (costs.bound * math.log2(plan.num_splits / 32) if plan.num_splits > 32 else 0.0)
+    if most <= 32 or has_spare_rows(problem):
+        return time
+    return time + costs.many * math.log2(most / 32)

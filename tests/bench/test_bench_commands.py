@@ -72,6 +72,7 @@ def test_plot_says_that_it_needs_matplotlib(
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 def test_on_a_gpu(tmp_path: pathlib.Path) -> None:
     out = tmp_path / "metadata.csv"
     arguments = [sys.executable, "-W", "ignore", "-m", "bench", "metadata", "--quick", "--samples", "5"]

@@ -189,6 +189,7 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 @pytest.mark.parametrize(
     "more", [[], ["--among-weights", "--no-sweep"], ["--no-sweep", "--invariant"]],
     ids=["KV far", "among weights", "invariant"],
@@ -200,13 +201,10 @@ def test_on_a_gpu(more: list[str], tmp_path: pathlib.Path) -> None:
     out = tmp_path / "schedules.csv"
     run = [sys.executable, "-W", "ignore", "-m", "bench", "schedules", "--only", "4 x 512, 16/2", "--rounds", "3"]
     root = pathlib.Path(__file__).parents[2]
-    for _ in range(6):  # other tests may have the GPU meanwhile, which only makes a time longer
-        done = subprocess.run([*run, *more, "--csv", str(out)], cwd=root, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        with out.open() as file:
-            measured = {row["schedule"]: float(row["p50_us"]) for row in csv.DictReader(file)}
-        if measured["balanced"] < measured["fa3"]:
-            break
+    done = subprocess.run([*run, *more, "--csv", str(out)], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    with out.open() as file:
+        measured = {row["schedule"]: float(row["p50_us"]) for row in csv.DictReader(file)}
     assert list(measured)[:3] == ["none", "fa3", "balanced"]
     assert ("4" in measured) != bool(more)  # one of the uniform sizes
     assert ({schedules.INVARIANT, schedules.ONE_SPLIT} <= set(measured)) == ("--invariant" in more)

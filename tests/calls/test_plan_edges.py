@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fa3_metadata.triton_kernels import balance
 from fa3_metadata.triton_kernels.builds import SGLANG, SGLANG_0_4_5, UPSTREAM
 from fa3_metadata.triton_kernels.plan import LaunchPlan, make_plan
 from fa3_metadata.triton_kernels.problem import SHORT_LIMIT, Problem
@@ -46,8 +47,8 @@ def test_which_batches_are_searched(batch_size: int, more: dict[str, Any], searc
         (45, 512, {}, False),  # what two splits gain, the combine kernel takes
         (22, 512, {"num_heads_k": 2}, True),
         (23, 512, {"num_heads_k": 2}, False),
-        (30, 512, {"gpu": "NVIDIA H100 80GB HBM3"}, True),  # of less bandwidth to share
-        (31, 512, {"gpu": "NVIDIA H100 80GB HBM3"}, False),
+        (33, 512, {"gpu": "NVIDIA H100 80GB HBM3"}, True),  # of less bandwidth to share
+        (34, 512, {"gpu": "NVIDIA H100 80GB HBM3"}, False),
         (1, 512, {"headdim": 64}, True),
         (1, 384, {"headdim": 64}, False),  # two blocks of 192 keys
         (1, 128, {}, False),
@@ -61,6 +62,51 @@ def test_few_key_blocks_are_split_where_that_pays_for_the_combine_kernel(
     short = DECODE | {"max_seqlen_k": keys} | more
     assert make_plan(Problem(batch_size, **short), SGLANG).num_splits == 1
     assert (plan_of(batch_size, **short).num_splits > 1) == splits
+
+
+@pytest.mark.parametrize(
+    ("more", "spare"),
+    [
+        ({}, False),
+        ({"num_heads": 4}, True),
+        ({"num_heads": 4, "max_seqlen_q": 2}, False),
+        ({"num_heads": 4, "max_seqlen_q": 2, "has_cu_seqlens_q": True}, True),  # of one query in some sequences
+        ({"num_heads": 12}, True),
+        ({"headdim": 64}, True),
+        ({"headdim": 64, "num_heads": 16}, False),
+        ({"headdim": 64, "headdim_v": 512}, False),
+        ({"headdim": 192, "headdim_v": 65}, False),
+    ],
+)
+def test_rows_that_the_combine_kernel_has_to_spare(more: dict[str, Any], spare: bool) -> None:
+    assert balance.has_spare_rows(Problem(5, **DECODE | more)) == spare
+    assert balance.has_spare_rows(Problem(1, **DECODE | more)) == spare, "rows of several sequences are never mixed"
+
+
+@pytest.mark.parametrize(
+    ("more", "bounds"),
+    [
+        # Rows to spare are combined of as many splits as the bound allows: 32 where long sequences are not that long.
+        ({"num_heads": 4}, (32, 64, 64)),
+        ({"headdim": 64}, (32, 64, 128)),
+        # Without them a bound costs nothing: what fills the SMs.
+        ({}, (64, 128, 128)),
+        ({"num_heads": 4, "max_seqlen_q": 2}, (103, 128, 128)),
+        ({"headdim": 64, "num_heads": 16}, (64, 128, 128)),
+    ],
+)
+def test_a_bound_costs_time_where_rows_are_to_spare(more: dict[str, Any], bounds: tuple[int, ...]) -> None:
+    found = [plan_of(5, causal=True, max_seqlen_k=k, **more).num_splits for k in (13184, 65536, 2**20)]
+    assert found == list(bounds)
+
+
+def test_what_combining_takes_by_splits_and_bound() -> None:
+    """Measured on an H100: four heads, 21 splits, 3.6 us more with a bound of 103 than with one of 32."""
+    spare, full = Problem(5, **DECODE | {"num_heads": 4}), Problem(5, **DECODE)
+    more = balance.combined_us(spare, 103, 21, 0.09) - balance.combined_us(spare, 32, 21, 0.09)
+    assert more == pytest.approx(3.6, abs=0.5)
+    assert balance.combined_us(full, 103, 21, 0.09) == balance.combined_us(full, 32, 21, 0.09) == 21 * 0.09
+    assert balance.combined_us(Problem(5, **DECODE | {"headdim": 64}), 8, 1, 0.0) == 16 * 0.04
 
 
 @pytest.mark.parametrize("max_seqlen_k", [512, 4096, 65536])
