@@ -39,7 +39,8 @@ class LengthTensors(NamedTuple):
 
     def overlapping(self, start: int, end: int) -> str | None:
         """The first tensor read that has memory from address `start` up to `end`, by its ends; None: there is none."""
-        for place, tensor in enumerate(self.pointers() if self._are_more() else (self.cache_seqlens,)):
+        read = self.pointers() if self._are_more() else (self.cache_seqlens,)
+        for place, tensor in enumerate(read):
             if tensor is not None and (first := tensor.data_ptr()) < end and first + _reach(tensor) > start:
                 return _READ[place]
         return None

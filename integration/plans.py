@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -342,21 +342,15 @@ class MetadataPlans:
         leftpad_k: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """`MetadataPlan.update` for all plans at once; returns the metadata of each."""
-        key = None
+        key, alone = None, cu_seqlens_q is seqused_q is cu_seqlens_k_new is leftpad_k is None
         if isinstance(cache_seqlens, torch.Tensor):
             key = place(cache_seqlens)
-            if cu_seqlens_q is seqused_q is cu_seqlens_k_new is leftpad_k is None and (step := self._again(key)):
+            if alone and (step := self._again(key)):
                 self._keep_if_captured()
                 self._step = step
                 return self._step.views
-        given = {
-            "cu_seqlens_q": cu_seqlens_q,
-            "seqused_q": seqused_q,
-            "cu_seqlens_k_new": cu_seqlens_k_new,
-            "leftpad_k": leftpad_k,
-        }
-        tensors = LengthTensors(cache_seqlens, **given)
-        step = self._at(self._checked_batch_size(tensors, given))
+        tensors = LengthTensors(cache_seqlens, cu_seqlens_q, None, cu_seqlens_k_new, seqused_q, leftpad_k)
+        step = self._at(self._checked_batch_size(tensors, alone))
         if self._on_cpu:
             step.write_on_host(step.views, tensors)
         else:
@@ -386,7 +380,8 @@ class MetadataPlans:
         self._step = None
         self._again.forget()
 
-    def _checked_batch_size(self, tensors: LengthTensors, given: Mapping[str, torch.Tensor | None]) -> int:
+    def _checked_batch_size(self, tensors: LengthTensors, alone: bool) -> int:
+        """Of lengths that fit the plans; `alone`: cache_seqlens, without the others."""
         first = self.plans[0]
         if not isinstance(tensors.cache_seqlens, torch.Tensor) or tensors.cache_seqlens.dim() != 1:
             raise TypeError(f"cache_seqlens must be a 1-D tensor, got {tensors.cache_seqlens!r}")
@@ -400,7 +395,10 @@ class MetadataPlans:
             raise ValueError(f"cache_seqlens must be on {first.device}, got {tensors.cache_seqlens.device}")
         if (name := tensors.overlapping(*self._memory)) is not None:
             raise ValueError(f"{name} must not lie in the plan's own buffer, which is written while it is read")
-        for name, tensor in given.items():
+        if alone and not first.varying:
+            return batch_size
+        for name in VARYING:
+            tensor = getattr(tensors, name)
             if (tensor is not None) != (name in first.varying):
                 wanted = "a tensor" if name in first.varying else "None"
                 raise ValueError(f"{name} must be {wanted}, as `varying` says, got {type(tensor).__name__}")

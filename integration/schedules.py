@@ -67,10 +67,12 @@ class Step:
     def __init__(self, family: _Family, batch_size: int, max_seqlen_k: int | None) -> None:
         self.family, self.batch_size, self.max_seqlen_k = family, batch_size, max_seqlen_k
         self.sizes = family.sizes_for(batch_size)  # elements of the metadata of each group
-        self._planned: dict[int, tuple[Problem, LaunchPlan]] = {}
+        self._planned: dict[int, tuple[Problem, LaunchPlan]] | None = None  # by group; few are asked for
 
     def planned(self, group: int = 0) -> tuple[Problem, LaunchPlan]:
         """Problem and launch plan of a group of layers at these sizes; a launch that is shared needs neither."""
+        if self._planned is None:
+            self._planned = {}
         if (found := self._planned.get(group)) is None:
             problem, plan = self.family.problems[group], self.family.plans[group]
             longest = problem.max_seqlen_k if self.max_seqlen_k is None else self.max_seqlen_k
@@ -105,7 +107,8 @@ class Step:
         device, launch = pointers[0].device, self._launch
         if launch is None:
             launch = self._launch = self._make_launch(load_launch(device))
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
+        # The tensors have made CUDA's context, so that it may be asked directly.
+        if device.type == "cuda" and device.index != torch._C._cuda_getDevice():
             with torch.cuda.device(device):
                 launch(pointers, tensors.pointers())
         else:

@@ -167,10 +167,10 @@ def _combining(case: Case) -> Finding | None:
     saved = case.saved(unsplit)
     if not case.is_worth(saved):
         return None
-    text = (
-        f"combining takes {now.combine_us:.1f} us, more than the splits save. {_gain(case, unsplit, 'num_splits = 1')}"
-    )
-    return Finding("combining", text, saved)
+    text = f"combining takes {now.combine_us:.1f} us, more than the splits save"
+    if now.schedule.splits.max(initial=1) == 1:
+        text = f"nothing is split, and the combine kernel is launched all the same, for {now.combine_us:.1f} us"
+    return Finding("combining", f"{text}. {_gain(case, unsplit, 'num_splits = 1')}", saved)
 
 
 def _one_long_tile(case: Case) -> Finding | None:

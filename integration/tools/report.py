@@ -172,6 +172,7 @@ class Explanation:
             "tile": costs.tile,
             "alone": costs.alone,
             "per_split": costs.per_split,
+            "combine": costs.combine,
             "fixed_blocks": costs.fixed_blocks or None,
         }
         return policy | {"constants": constants}
@@ -216,7 +217,7 @@ def _costs(s: Simulation) -> dict[str, Any]:
     """The constants that a prediction goes by."""
     kernel = kernel_of(s.problem, s.plan)
     alone, tile = s.costs.of_kernel(kernel)
-    names = ("measured_on", "bandwidth_gb_s", "softness", "launch", "combine", "split", "partial", "rows", "bound")
+    names = ("measured_on", "bandwidth_gb_s", "softness", "launch", "combine", "split", "partial", "rows", "many")
     constants = {name: getattr(s.costs, name) for name in names}
     return constants | {"kernel": list(kernel), "alone": alone, "tile": tile}
 
