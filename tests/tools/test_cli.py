@@ -105,7 +105,7 @@ def test_balanced_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert constants.pop("gpu") == constants_used()
     assert constants.pop("fixed_blocks") is None
     assert all(0 < value < 100 for value in constants.values())
-    assert len(constants) == 3
+    assert len(constants) == 4
 
 
 def test_the_demo_of_balanced(capsys: pytest.CaptureFixture[str]) -> None:
