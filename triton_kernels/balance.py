@@ -14,7 +14,8 @@ and the rest, s in all for each SM. As the big ones go first, they come in waves
                  the tiles that are left over are the smallest
     last wave    h = c + tile high, or l in a later wave. Of two halves of h, SMs are busy in the lower with a share
                  r + s / (h / 2), in the upper with r (l / (h / 2) - 1); what is more than 1 moves up
-    overhang     m' - 2 d, with m' the mean of the rest, half of it, alone: where these need more than 1 - r of the SMs
+    overhang     m' - 2 d, with m' the mean of the rest, half of it, alone: where the SMs that have no big one of the
+                 last wave cannot do the rest while that lasts, m (l in a later wave)
 
 Combining costs split_us for each split of the sequence with the most, and something by itself, unless nothing is split.
 FA3's combine kernel takes 8 output rows of a sequence at a time, 16 where a row of v is 64 numbers or fewer. Rows that

@@ -166,7 +166,7 @@ def _predicted_time(c, load, all_tiles, big_tiles, big_load, model):
     last_wave = half * (_block_cost(busy, block) + _block_cost(busy_above, block) + (upper - busy_above))
     time = (big * waves - left * low) + last_wave
     overhang = tl.maximum(small - 2.0 * spread, 0.0) * (0.5 * block[0])
-    return tl.where(filling > (1.0 - left) * height, time + overhang, time)
+    return tl.where(filling > (1.0 - left) * low, time + overhang, time)
 
 
 @triton.jit

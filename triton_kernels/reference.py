@@ -239,7 +239,7 @@ def _predicted_time(
     last_wave = half * (_block_cost(costs, busy) + _block_cost(costs, busy_above) + (upper - busy_above))
     time = (big * waves - left * low) + last_wave
     overhang = np.maximum(small - f32(2) * spread, f32(0)) * f32(0.5 * costs.alone)
-    return np.where(filling > (f32(1) - left) * height, time + overhang, time)
+    return np.where(filling > (f32(1) - left) * low, time + overhang, time)
 
 
 def _candidates(plan: LaunchPlan, k: Ints, load: np.float32, longest: np.int32) -> Ints:
