@@ -24,7 +24,7 @@ LAST_FOR_OLDER_TORCH = {"sgl-kernel": "0.3.21", "vllm": "0.16.0"}  # the last ve
 
 _STRIDES = 0x70  # bytes from the start of a TensorImpl to the strides of up to five dimensions
 _MESSAGE = "doesn't have storage"
-_ROOM, _TRIES = 48, 20
+_ROOM, _TRIES = 48, 60
 _kept: list[torch.Tensor] = []  # so that nothing else is allocated where they are
 
 
@@ -40,10 +40,10 @@ def readable(tensor: torch.Tensor, misread: list[torch.Tensor]) -> torch.Tensor:
     return tensor
 
 
-def keep_misread_places() -> None:
+def keep_misread_places(more: int = 0) -> None:
     """Take such places from those where the next tensors are likely to be allocated, which have just been freed."""
     base = torch.empty(0)
-    room = [base.detach() for _ in range(_ROOM)]
+    room = [base.detach() for _ in range(_ROOM + more)]
     _kept.extend(tensor for tensor in room if is_misread(tensor))
 
 
@@ -73,8 +73,9 @@ def _is_installed(package: str, last: str) -> bool:
 def _guarded(op: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
     misread: list[torch.Tensor] = []
     given = [readable(one, misread) if isinstance(one, torch.Tensor) else one for one in arguments]
-    for _ in range(_TRIES):  # what it allocates itself may still be misread: then it raises before it does anything
-        keep_misread_places()
+    named = {name: readable(one, misread) if isinstance(one, torch.Tensor) else one for name, one in named.items()}
+    for tried in range(_TRIES):  # what it allocates itself may still be misread: then it raises before it does anything
+        keep_misread_places(tried * _ROOM)  # further away each time
         try:
             return op(*given, **named)
         except RuntimeError as error:

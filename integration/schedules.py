@@ -91,7 +91,7 @@ class Step:
 
     def write_on_host(self, outs: Sequence[torch.Tensor], tensors: LengthTensors) -> None:
         """By the NumPy model, into a tensor for each group; synchronises with CUDA tensors."""
-        if trace.is_on():
+        if trace.current is not None:
             self._trace(tensors)
         lengths = host_lengths(tensors)
         for group, out in enumerate(outs):
@@ -102,7 +102,7 @@ class Step:
 
         `pointers` are (out,) for a single group, else (out, table): see launch.metadata_launch, layer_groups_launch.
         """
-        if trace.is_on():
+        if trace.current is not None:
             self._trace(tensors)
         device, launch = pointers[0].device, self._launch
         if launch is None:
@@ -181,26 +181,26 @@ class Again:
     """Launches by all that a call depends on, kept from its second time on: an engine's buffers stay where they are."""
 
     def __init__(self) -> None:
-        self._known: dict[Hashable, tuple[Callable[[], bool], Any] | None] = {}  # None: came once, perhaps never again
+        self.known: dict[Hashable, tuple[Callable[[], bool], Any] | None] = {}  # None: came once, perhaps never again
 
     def __call__(self, key: Hashable) -> Any:
         """What was remembered with a launch, which has just been made again; None: there is none, or it could not."""
-        if trace.is_on():  # which sees launches that are made the long way
+        if trace.current is not None:  # which sees launches that are made the long way
             return None
-        known = self._known.get(key)
+        known = self.known.get(key)
         return known[1] if known is not None and known[0]() else None
 
     def remember(
         self, key: Hashable, step: Step, pointers: tuple[torch.Tensor, ...], tensors: LengthTensors, what: Any
     ) -> None:
         """That a launch came, and what to answer when it comes again. `key` must tell the tensors' places."""
-        if key not in self._known:
-            keep(self._known, _MOST_AGAIN, key, None)
+        if key not in self.known:
+            keep(self.known, _MOST_AGAIN, key, None)
         elif (launch := step.repeat(pointers, tensors)) is not None:
-            self._known[key] = launch, what
+            self.known[key] = launch, what
 
     def forget(self) -> None:
-        self._known.clear()
+        self.known.clear()
 
 
 def schedules_of(problem: Problem, rules: FA3Rules) -> Schedules:

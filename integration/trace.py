@@ -209,7 +209,7 @@ def _open_new(path: pathlib.Path) -> tuple[IO[bytes], pathlib.Path]:
         raise
 
 
-_recorder: Recorder | None = None
+current: Recorder | None = None  # the recording under way; read where every microsecond counts
 
 
 def start(path: str | os.PathLike[str], most_bytes: int = MOST_BYTES) -> pathlib.Path:
@@ -217,26 +217,26 @@ def start(path: str | os.PathLike[str], most_bytes: int = MOST_BYTES) -> pathlib
 
     Raises `OSError` where the file cannot be made.
     """
-    global _recorder
+    global current
     stop()
     recorder = Recorder(path, most_bytes)
     recorder.open()
-    _recorder = recorder
+    current = recorder
     return recorder.path
 
 
 def stop() -> None:
     """End the recording, if there is one."""
-    global _recorder
-    recorder, _recorder = _recorder, None
+    global current
+    recorder, current = current, None
     if recorder is not None:
         recorder.stop()
 
 
 def record(problem: Problem, tensors: LengthTensors, rules: FA3Rules) -> None:
     """Called where metadata is made: keeps the problem and the lengths, if a recording is on."""
-    if _recorder is not None:
-        _recorder.record(problem, tensors, rules)
+    if current is not None:
+        current.record(problem, tensors, rules)
 
 
 def replayed(batch_size: int | None = None) -> None:
@@ -244,13 +244,13 @@ def replayed(batch_size: int | None = None) -> None:
 
     `batch_size`: that of the graph, where several were captured; None: what all of them read.
     """
-    if _recorder is not None:
-        _recorder.replayed(batch_size)
+    if current is not None:
+        current.replayed(batch_size)
 
 
 def is_on() -> bool:
     """Whether a recording is under way."""
-    return _recorder is not None
+    return current is not None
 
 
 def read(path: str | os.PathLike[str]) -> Iterator[Step]:
@@ -294,17 +294,17 @@ def _lines(path: pathlib.Path) -> Iterator[Any]:
 
 def _start_if_asked() -> None:
     """At import: what FA3_METADATA_TRACE says."""
-    global _recorder
+    global current
     if path := os.environ.get(VARIABLE):
-        _recorder = Recorder(path)
+        current = Recorder(path)
 
 
 def _after_fork() -> None:
-    global _recorder
-    if (parents := _recorder) is not None:
+    global current
+    if (parents := current) is not None:
         parents.left_to_parent()
         _kept.append(parents)
-        _recorder = Recorder(parents.asked)
+        current = Recorder(parents.asked)
 
 
 _kept: list[Recorder] = []  # nothing of theirs may be closed

@@ -154,7 +154,7 @@ def test_what_is_known_is_bounded(launched: list[int], monkeypatch: pytest.Monke
     assert len(api._kinds) <= 3
     for _, known in api._kinds.values():
         assert len(known.steps) <= 3
-        assert len(known.again._known) <= 3
+        assert len(known.again.known) <= 3
         assert len(known._families) <= schedules._MOST_FAMILIES
 
 

@@ -61,6 +61,16 @@ def test_a_call_that_misread_its_own_tensors_is_repeated_and_any_other_error_is_
         newer_torch._guarded(op, given, 5)
 
 
+def test_tensors_given_by_name_are_replaced_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = torch.arange(3)
+    monkeypatch.setattr(newer_torch, "is_misread", lambda tensor: tensor is given)
+    monkeypatch.setattr(newer_torch, "keep_misread_places", lambda more: None)
+    positional, named = newer_torch._guarded(lambda one, *, other: (one, other), given, other=given)
+    for found in (positional, named):
+        assert found is not given
+        assert found.data_ptr() == given.data_ptr()
+
+
 def test_a_wheel_that_is_not_there_needs_no_help() -> None:
     installed = [newer_torch.installed_version(package) for package in newer_torch.LAST_FOR_OLDER_TORCH]
     assert any(installed) or not newer_torch.avoid_misread_tensors()

@@ -106,7 +106,7 @@ def test_a_file_that_is_there_stays(tmp_path: pathlib.Path) -> None:
 
 def test_a_file_has_a_limit(tmp_path: pathlib.Path) -> None:
     path = trace.start(tmp_path / "steps.trace", most_bytes=4000)
-    recorder = trace._recorder
+    recorder = trace.current
     assert recorder is not None
     generator = torch.Generator().manual_seed(0)
     for _ in range(300):
@@ -212,7 +212,7 @@ def test_the_gpu_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path: pa
         trace.record(problem, gpu.tensors([900 + step, 5000]), rules)
     assert "synchronize" not in gpu.calls
     assert gpu.calls.count("record") == 5
-    recorder = trace._recorder
+    recorder = trace.current
     assert recorder is not None
     assert recorder.steps == 0, "none has arrived"
     gpu.arrived = True
@@ -230,7 +230,7 @@ def test_copies_that_do_not_arrive_are_bounded(monkeypatch: pytest.MonkeyPatch, 
     problem, _, rules = call([900])
     for _ in range(10):
         trace.record(problem, gpu.tensors([900]), rules)
-    recorder = trace._recorder
+    recorder = trace.current
     assert recorder is not None
     assert (len(recorder._pending), recorder.left_out) == (4, 6)
 
