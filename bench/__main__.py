@@ -20,6 +20,8 @@ COMMANDS = {
     "illustrate": "the pictures and numbers of docs, from the commands beside them; no GPU needed",
     "releases": "the table of supported builds, from what is recorded of each",
     "record": "what an installed wheel's own op makes of random calls, for tests/data",
+    "host": "what a call costs the host, beside another commit",
+    "combining": "what the bound on splits costs, the splits being the same",
     "stress": "random replays of captured steps, every output compared bitwise",
     "mutate": "whether the tests notice one-line breaks of the code; no GPU needed",
 }

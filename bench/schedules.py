@@ -205,7 +205,7 @@ def measure(
     names = (*variants, *COMPARED, *COMPARED)
     graphs = [(name, captured(partial(forward, **layers.call, **variants[name]))) for name in names]
     graphs += [("weights", captured(lambda page_table: None))] if among_weights else []
-    times = _replayed(graphs, layers, rounds)
+    times = replayed(graphs, layers, rounds)
     if among_weights:
         base = middle(times.pop("weights"))
         times = {name: [[time - base for time in one] for one in captures] for name, captures in times.items()}
@@ -214,7 +214,7 @@ def measure(
     return Result(w, times, _most_splits(layers), bounds, layers.kv_bytes / peak / 1e3)
 
 
-def _replayed(graphs: list[tuple[str, torch.cuda.CUDAGraph]], layers: Layers, rounds: int) -> Captured:
+def replayed(graphs: list[tuple[str, torch.cuda.CUDAGraph]], layers: Layers, rounds: int) -> Captured:
     """Microseconds a layer of every graph, by its name, in turns."""
     more_than_l2 = torch.zeros(64 << 20, dtype=torch.int32, device="cuda")
     events: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in graphs]

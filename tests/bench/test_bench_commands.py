@@ -16,10 +16,11 @@ from bench import plot, rows
 from .test_bench import FACTS, some_rows
 
 
-def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("name", ["metadata", "host"])
+def test_without_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert command.main(["metadata"]) == 2
-    assert capsys.readouterr().err == "python -m bench metadata needs a CUDA GPU, and torch finds none here\n"
+    assert command.main([name]) == 2
+    assert capsys.readouterr().err == f"python -m bench {name} needs a CUDA GPU, and torch finds none here\n"
 
 
 @pytest.mark.parametrize(
@@ -69,6 +70,20 @@ def test_plot_says_that_it_needs_matplotlib(
     rows.write_csv(tmp_path / "metadata.csv", asdict(FACTS), some_rows())
     assert plot.main([str(tmp_path / "metadata.csv")]) == 2
     assert "needs matplotlib (pip install matplotlib)" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.alone
+def test_what_a_call_costs_the_host() -> None:
+    """In microseconds: a launch takes some, and no call hundreds."""
+    run = [sys.executable, "-W", "ignore", "-m", "bench", "host", "--turns", "1"]
+    done = subprocess.run(run, cwd=pathlib.Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    times = {line[:20].strip(): float(line[20:].split()[0]) for line in done.stdout.splitlines()}
+    traced = times.pop("plan again, traced")
+    assert list(times) == ["plan again", "function again", "plan first", "function first", "function new"]
+    assert all(1 < time < 300 for time in times.values()), times
+    assert traced > times["plan again"]
 
 
 @pytest.mark.gpu

@@ -175,7 +175,7 @@ def test_what_is_timed_is_the_second_replay_in_a_row_over_other_pages(
     monkeypatch.setattr(torch.Tensor, "amax", lambda x: emptied.append((x.nbytes, len(log))))
     graphs: Any = [("fa3", Graph("a")), ("balanced", Graph("b")), ("fa3", Graph("c"))]
     with OnCpu():
-        times = schedules._replayed(graphs, layers, rounds=2)
+        times = schedules.replayed(graphs, layers, rounds=2)
     one_round = [step for name in "abc" for step in ((name, False), "event", (name, True), "event")]
     assert log == 2 * one_round
     assert emptied == [(256 << 20, at) for at in range(0, len(log), 4)]  # each time before the first of both replays
@@ -191,9 +191,8 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
 @pytest.mark.gpu
 @pytest.mark.alone
 @pytest.mark.parametrize(
-    "more", [[], ["--among-weights", "--no-sweep"], ["--no-sweep", "--invariant"]],
-    ids=["KV far", "among weights", "invariant"],
-)  # fmt: skip
+    "more", [[], ["--among-weights", "--no-sweep", "--invariant"]], ids=["KV far", "among weights, invariant"]
+)
 def test_on_a_gpu(more: list[str], tmp_path: pathlib.Path) -> None:
     """Four short sequences: splits, which FA3's own metadata has not, are worth it in both."""
     if missing := why_not(fa3_metadata.detect_build().build):
