@@ -13,6 +13,7 @@ COMMANDS = {
     "decode-step": "a whole decode step of real models: FA3 per layer, SGLang's precompute, ours",
     "sglang-decode": "decode steps of a real SGLang: without metadata, with its own, with ours",
     "sglang-check": "a real SGLang's logits with and without our metadata, bit for bit",
+    "sglang-ranks": "a real SGLang on two GPUs: logits, and the time of a step",
     "vllm-decode": "decode steps of a real vLLM: without metadata, with its own, with ours",
     "vllm-check": "a real vLLM's logits with and without our metadata, bit for bit",
     "install-check": "what install() gives to an sgl-kernel that makes no metadata: every output compared, times",

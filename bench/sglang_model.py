@@ -16,12 +16,14 @@ CONFIG: dict[str, Any] = {  # and the sizes of a model
 }  # fmt: skip
 
 
-def why_not() -> str | None:
+def why_not(gpus: int = 1) -> str | None:
     """Why SGLang cannot run here, or None."""
     import torch
 
     if not torch.cuda.is_available():
         return "no CUDA GPU"
+    if torch.cuda.device_count() < gpus:
+        return f"this machine has {torch.cuda.device_count()}"
     return None if find_spec("sglang") else "no importable sglang"
 
 
@@ -62,8 +64,11 @@ def use(variant: str) -> None:
         FlashAttentionBackend.__init__ = without
 
 
-def load(folder: pathlib.Path, **more: Any) -> Any:
-    """SGLang's runner for the model of `make_model`; `more` are its server arguments."""
+def load(folder: pathlib.Path, rank: int = 0, ports: Any = None, **more: Any) -> Any:
+    """SGLang's runner for the model of `make_model`; `more` are its server arguments.
+
+    A `rank` of several has the GPU of that number; `ports.nccl_port` is where all of them meet.
+    """
     from sglang import bench_one_batch
     from sglang.srt.server_args import PortArgs, ServerArgs
 
@@ -71,4 +76,4 @@ def load(folder: pathlib.Path, **more: Any) -> Any:
         model_path=str(folder), load_format="dummy", attention_backend="fa3", sampling_backend="pytorch", page_size=1,
         grammar_backend="none", disable_radix_cache=True, disable_piecewise_cuda_graph=True, **more,
     )  # fmt: skip
-    return bench_one_batch.load_model(arguments, PortArgs.init_new(arguments), 0, 0)[0]
+    return bench_one_batch.load_model(arguments, ports or PortArgs.init_new(arguments), rank, rank)[0]
