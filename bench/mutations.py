@@ -897,6 +897,22 @@ SCOPES = (
         "on a card whose splits were measured to be cheap, small windows would be split at a loss",
         ("tests/kernels/test_law.py::test_combining_costs_whatever_a_split_costs",),
     ),
+    Mutation(
+        "spare-rows",
+        f"{_KERNELS}/balance.py",
+        "return rows % (16 if problem.value_headdim <= 64 else 8) != 0",
+        "return False",
+        "with four heads a bound of 128 would cost 4 us a layer for nothing",
+        ("tests/calls/test_plan_edges.py::test_rows_that_the_combine_kernel_has_to_spare",),
+    ),
+    Mutation(
+        "beside-big-tiles",
+        f"{_KERNELS}/balanced_kernel.py",
+        "return tl.where(filling > (1.0 - left) * low, time + overhang, time)",
+        "return tl.where(filling > (1.0 - left) * height, time + overhang, time)",
+        "the kernel would choose other splits than the NumPy model where small tiles do not fit",
+        ("tests/kernels/test_balanced.py::test_small_tiles_that_do_not_fit_beside_big_ones",),
+    ),
 )
 
 INSTALL = (
