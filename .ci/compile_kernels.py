@@ -19,12 +19,11 @@ import venv
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NEWEST = "newest"
 PLACES = ((0, 1, 2, 3, 4), (0, 1, -1, 2, 3), (0, 1, -1, -1, 2), (-1, 0, 1, -1, -1))  # of rows: all, unpacked, unsorted
-FLOATS = ("load_factor", "causal_saving", "tile_cost", "split_cost", *(f"block_cost_{i}" for i in range(4)))
 
 
 class Variant(NamedTuple):
@@ -77,8 +76,9 @@ def compile_variant(variant: Variant) -> str | None:
     pointers = {"out": "*i32", "table": "*i32", "cache_seqlens": f"*{variant.lengths}"}
     optional = ("cu_seqlens_q", "seqused_q", "cu_seqlens_k_new", "leftpad_k")
     pointers |= dict.fromkeys(optional, f"*{variant.lengths}" if variant.optional_lengths else "constexpr")
+    floats = [name for name, kind in get_type_hints(kernel.Numbers).items() if kind is float]
     function = kernel.prepare_layer_groups_kernel if variant.several else kernel.prepare_varlen_num_blocks_kernel
-    kinds = pointers | dict.fromkeys(constants, "constexpr") | dict.fromkeys(FLOATS, "fp32")
+    kinds = pointers | dict.fromkeys(constants, "constexpr") | dict.fromkeys(floats, "fp32")
     signature = {parameter.name: kinds.get(parameter.name, "i32") for parameter in function.params}
     values = {
         (parameter.num,): constants.get(parameter.name)

@@ -96,6 +96,8 @@ def main(argv: list[str] | None = None) -> int:
     if options.once:
         print(json.dumps(measured()))
         return 0
+    if options.turns < 1:
+        parser.error(f"--turns must be at least 1, got {options.turns}")
     if options.beside and not (options.beside / "fa3_metadata" / "__init__.py").is_file():
         parser.error(f"--beside must be a folder with fa3_metadata in it, got {options.beside}")
     found: dict[str, list[dict[str, float]]] = {}

@@ -892,7 +892,7 @@ SCOPES = (
     Mutation(
         "combining-costs",
         f"{_KERNELS}/balance.py",
-        "costs.combine + (rows * _ROW_US + at_least_us) / costs.block_us",
+        "costs.combine + rows * _ROW_US / costs.block_us",
         "costs.per_split * 13",
         "on a card whose splits were measured to be cheap, small windows would be split at a loss",
         ("tests/kernels/test_law.py::test_combining_costs_whatever_a_split_costs",),
@@ -1074,9 +1074,17 @@ SCHEDULES = (
     Mutation(
         "recorded-launches",
         "integration/schedules.py",
-        "        if trace.is_on():  # which sees launches that are made the long way\n            return None\n",
-        "",
+        "if trace.current is not None:  # which sees launches that are made the long way\n            return None",
+        "pass",
         "a trace would miss the steps of an engine, whose buffers stay where they are",
+        (_AGAIN,),
+    ),
+    Mutation(
+        "recorded-updates",
+        "integration/plans.py",
+        "is not None and trace.current is None and known[0]():",
+        "is not None and known[0]():",
+        "a trace would miss the steps of a plan whose lengths stay where they are",
         (_AGAIN,),
     ),
     Mutation(

@@ -243,7 +243,8 @@ def metadata_layout(
     """Length and rows of the tensor that `get_scheduler_metadata` makes for the same arguments.
 
     Launches nothing and reads no lengths: `cache_seqlens` may be left out, and then the device is taken to be an
-    H100 SXM or H200 unless `arch` and `num_sms` say otherwise. Of the other tensors only their presence counts.
+    H100 SXM or H200 unless `arch` and `num_sms` say otherwise. Of the other tensors only their presence counts: give
+    those that the function gets, or the bound on splits may be another one.
     Raises what `get_scheduler_metadata` raises.
     """
     return plan_call(locals())[3].layout

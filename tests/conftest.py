@@ -18,6 +18,7 @@ from bench.newer_torch import avoid_misread_tensors
 from .helpers.skips import summed_up
 
 HAS_GPU = torch.cuda.is_available()
+_LOCKED = "FA3_METADATA_TESTS_HAVE_THE_GPU"
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
 else:
@@ -45,10 +46,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _the_gpu_alone(request: pytest.FixtureRequest) -> Iterator[None]:
     """While a test marked `alone` runs, no other worker has the GPU.
 
-    All others share a lock, which it takes for itself. Whoever takes either passes the gate first, so that it need not
-    wait until no other test happens to run.
+    All others share a lock, which it takes for itself: every test may run kernels on the GPU. Whoever takes either
+    passes the gate first, so that it need not wait until no other test happens to run. Tests that a test starts have
+    its lock.
     """
-    if not HAS_GPU:
+    if not HAS_GPU or _LOCKED in os.environ:
         yield
         return
     folder = pathlib.Path(tempfile.gettempdir())
@@ -60,7 +62,12 @@ def _the_gpu_alone(request: pytest.FixtureRequest) -> Iterator[None]:
         fcntl.flock(gate, fcntl.LOCK_EX)
         fcntl.flock(gpu, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
         fcntl.flock(gate, fcntl.LOCK_UN)
-        yield
+        os.environ[_LOCKED] = "1"
+        try:
+            yield
+        finally:
+            del os.environ[_LOCKED]
+            fcntl.flock(gpu, fcntl.LOCK_UN)  # whoever has inherited the file
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -19,9 +19,9 @@ and the rest, s in all for each SM. As the big ones go first, they come in waves
 
 Combining costs split_us for each split of the sequence with the most, and something by itself, unless nothing is split.
 FA3's combine kernel takes 8 output rows of a sequence at a time, 16 where a row of v is 64 numbers or fewer. Rows that
-are none it combines, too, of as many splits as it is compiled for: the next power of two of the bound, from 32 on
-(flash_fwd_combine_kernel.h leaves what it reads of them as it was). So with four query heads, or with eight of 64, a
-bound of 128 costs 4 us more than one of 32, however few splits there are.
+are none it combines, too, of as many splits as it is compiled for: the next power of two of the bound, from 32 on (from
+16 in the second case; flash_fwd_combine_kernel.h leaves what it reads of them as it was). So with four query heads, or
+with eight of 64, a bound of 128 costs 4 us more than one of 32, where there are few splits.
 
 Where there are at most as many tiles as SMs, that is the law itself but for what it makes of sizes between. The
 numbers are measured, by `fa3-metadata tune balance`, and kept in balance_*.json or in the cache folder (tables.py).
@@ -70,6 +70,7 @@ class Costs:
     fixed_blocks: int = 0  # key blocks of every split, for batch-invariant schedules; 0: searched for
     block_us: float = 1.0  # of a key block while all SMs work
     combine: float = 0.0  # that something is split at all
+    least_splits: float = 0.0  # what all splits cost together at least
 
     @property
     def alone(self) -> float:
@@ -77,28 +78,30 @@ class Costs:
         return self.block[0]
 
 
-def costs_of(problem: Problem, kernel: tuple[int, int, int, int, int], num_sms: int) -> Costs:
+def costs_of(problem: Problem, kernel: tuple[int, int, int, int, int], num_sms: int, bound: int = 1) -> Costs:
     """The model of a kernel: (element size, head dim, head dim of v, kBlockM, kBlockN), head dims as compiled.
 
-    A kernel that was not measured gets scaled constants.
+    A kernel that was not measured gets scaled constants. `bound`: on splits; while it is not known, the least.
     """
-    spare = has_spare_rows(problem)
-    return costs_from(constants_of(problem.gpu), kernel, num_sms, problem.batch_invariant, spare)
+    least_us = combined_us(problem, bound, 0, 0.0)
+    return costs_from(constants_of(problem.gpu), kernel, num_sms, problem.batch_invariant, least_us)
 
 
 def costs_from(
-    table: Table, kernel: tuple[int, ...], num_sms: int, batch_invariant: bool = False, spare_rows: bool = False
+    table: Table, kernel: tuple[int, ...], num_sms: int, batch_invariant: bool = False, least_us: float = 0.0
 ) -> Costs:
-    """The same by the constants of a table. With spare rows combining takes the same whatever the splits."""
+    """The same by the constants of a table; `least_us`: what all splits cost at least (combined_us)."""
     found = kernel_constants(table, kernel)
     size, num_sms = block_bytes(kernel), max(num_sms, 1)
     alone, tile, per_split, full = _in_blocks(table, found, size, num_sms)
     tile = min(tile, MOST_COST)
     block = _cubic(min(max(alone, LEAST_ALONE), MOST_ALONE), table["softness"])
     fixed = _invariant_blocks(tile) if batch_invariant else 0
-    per_split = 0.0 if spare_rows else _float32(min(per_split / full, MOST_COST))
     block_us = full * _shared_us(table, size, num_sms)
-    return Costs(_float32(tile), block, per_split, fixed, block_us, _float32(min(_COMBINE_US / block_us, MOST_COST)))
+    return Costs(
+        _float32(tile), block, _float32(min(per_split / full, MOST_COST)), fixed, block_us,
+        _float32(min(_COMBINE_US / block_us, MOST_COST)), _float32(min(least_us / block_us, MOST_COST)),
+    )  # fmt: skip
 
 
 def has_spare_rows(problem: Problem) -> bool:
@@ -172,19 +175,19 @@ def balanced_num_splits(
     problem: Problem, costs: Costs, tiles_of_a_sequence: int, num_n_blocks: int, num_sms: int, fa3: int
 ) -> int:
     """The bound on splits, from static facts alone; `fa3` is what FA3's heuristic says."""
-    tiles = problem.batch_size * max(1, tiles_of_a_sequence)
+    tiles = max(1, tiles_of_a_sequence)
     rows = problem.batch_size * problem.max_seqlen_q * problem.num_heads
-    spare = has_spare_rows(problem)
-    at_least_us = combined_us(problem, num_n_blocks, 0, 0.0)
-    if fa3 == 1 and not _pays(costs, tiles, num_n_blocks, num_sms, rows, at_least_us):
+    if fa3 == 1 and not _pays(costs, problem.batch_size * tiles, num_n_blocks, num_sms, rows):
         return 1  # a single split needs no combine kernel
-    useful = _least_regret(costs, num_n_blocks, num_sms, fa3) if spare else _useful_splits(fa3)
+    useful = _useful_splits(fa3)
+    if has_spare_rows(problem):
+        useful = _least_regret(costs, tiles, num_n_blocks, num_sms, useful)
     useful = min(useful, max(num_n_blocks, 1))
     row_bytes = 4 * (problem.value_headdim + 1)  # the partial output and its log-sum-exp, in float32
     return max(1, min(useful, problem.max_partial_bytes // max(1, rows * row_bytes)))
 
 
-def _pays(costs: Costs, tiles: int, num_n_blocks: int, num_sms: int, rows: int, at_least_us: float = 0.0) -> bool:
+def _pays(costs: Costs, tiles: int, num_n_blocks: int, num_sms: int, rows: int) -> bool:
     """Whether splitting gains more than the combine kernel costs, where all sequences have as many key blocks."""
     splits = np.arange(1, min(num_n_blocks, num_sms // max(tiles, 1)) + 1)
     if len(splits) < 2:
@@ -192,7 +195,7 @@ def _pays(costs: Costs, tiles: int, num_n_blocks: int, num_sms: int, rows: int, 
     share = tiles * splits / num_sms
     block = sum(factor * share**power for power, factor in enumerate(costs.block))
     time = (-(-num_n_blocks // splits) + costs.tile) * block
-    combine = costs.per_split * splits + costs.combine + (rows * _ROW_US + at_least_us) / costs.block_us
+    combine = np.maximum(costs.per_split * splits, costs.least_splits) + costs.combine + rows * _ROW_US / costs.block_us
     return bool((time + combine)[1:].min() < time[0])
 
 
@@ -210,17 +213,21 @@ def _useful_splits(fa3: int) -> int:
     return min(max(_MIN_COMBINE_SPLITS, 1 << (fa3 - 1).bit_length()), _MAX_SPLITS)
 
 
-def _least_regret(costs: Costs, num_n_blocks: int, num_sms: int, fa3: int) -> int:
-    """The same where the bound costs time: lengths are not known, so what can be lost by it is kept least.
+def _least_regret(costs: Costs, tiles: int, num_n_blocks: int, num_sms: int, useful: int) -> int:
+    """A bound up to `useful` where it costs time: lengths are not known, so what can be lost by it is kept least.
 
-    Of the two extremes, a short layer, for which every bound is wide enough, and one sequence as long as they may be.
+    Of the two extremes, a short layer, for which every bound is wide enough, and one sequence as long as they may be,
+    of so many tiles if it is not split.
     """
-    bounds = [1 << k for k in range(5, 8) if 1 << k <= _useful_splits(fa3)]
+    bounds = [1 << k for k in range(5, 8) if 1 << k <= useful]
 
     def longest(bound: int) -> float:
-        splits = max(min(bound, num_n_blocks, num_sms), 1)
-        block = sum(factor * (splits / num_sms) ** power for power, factor in enumerate(costs.block)) * costs.block_us
-        return _LAUNCH_US + (-(-num_n_blocks // splits) + costs.tile) * block + _SPARE_ROW_US * bound
+        splits = max(min(bound, num_n_blocks, num_sms // tiles), 1)  # more would come in two waves
+        share = min(tiles * splits / num_sms, 1.0)
+        block = sum(factor * share**power for power, factor in enumerate(costs.block))
+        attention = (-(-num_n_blocks // splits) + costs.tile) * block
+        # What real rows take for more splits than some 16 is left out: of a head dim of 64, half of split_us or less.
+        return _LAUNCH_US + attention * costs.block_us + _SPARE_ROW_US * bound
 
     short = {bound: _SHORT_LAYER_US + _SPARE_ROW_US * bound for bound in bounds}
     long = {bound: longest(bound) for bound in bounds}

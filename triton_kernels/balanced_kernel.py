@@ -50,7 +50,16 @@ def fastest_blocks_per_split(
     `group_m`, `group_n` [GROUP]: query and key blocks of `lengths`. `most`, `n`, LAYOUT: as for num_blocks.
     """
     block = (n.block_cost_0, n.block_cost_1, n.block_cost_2, n.block_cost_3)
-    model = (n.num_heads.to(tl.float32), n.load_factor, n.num_splits, n.tile_cost, block, n.split_cost, n.combine_cost)
+    model = (
+        n.num_heads.to(tl.float32),
+        n.load_factor,
+        n.num_splits,
+        n.tile_cost,
+        block,
+        n.split_cost,
+        n.least_splits_cost,
+        n.combine_cost,
+    )
     group_m = few_blocks(group_m)
     if GROUP <= ONE_WARP:
         # [GROUP, CANDIDATES]. One number for three, made as wide as that (by adding zeros) before it is taken apart,
@@ -107,7 +116,7 @@ def _of_all(x):
 @triton.jit
 def _candidates(k, total, longest, model, SHORT: tl.constexpr):
     """reference._candidates `k`: key blocks of a split, their reciprocal; load, longest."""
-    heads, share, num_splits, _, _, _, _ = model
+    heads, share, num_splits, _, _, _, _, _ = model
     load, longest = tl.maximum(total.to(tl.float32) * heads * share, 0.0), tl.maximum(longest, 1)
     place = k.to(tl.int64) * 8  # of a byte
     parts, more = ((place * 0 + PARTS) >> place) & 255, ((place * 0 + MORE) >> place) & 255
@@ -127,10 +136,10 @@ def _tiles(num_m, num_n, c, inverse):
 @triton.jit
 def _predicted(k, c, inverse, load, longest, all_tiles, big_tiles, big_work, model):
     """The predicted time as an int32 that rises with it; the last three bits are the candidate's number."""
-    heads, share, _, _, _, split_cost, combine_cost = model
+    heads, share, _, _, _, split_cost, least_splits_cost, combine_cost = model
     all_tiles, big_tiles = all_tiles.to(tl.float32) * heads, big_tiles.to(tl.float32) * heads
     time = _predicted_time(c, load, all_tiles, big_tiles, big_work.to(tl.float32) * heads * share, model)
-    combine = combine_cost + longest.to(tl.float32) * inverse * split_cost
+    combine = combine_cost + tl.maximum(longest.to(tl.float32) * inverse * split_cost, least_splits_cost)
     time = tl.where(c < longest, time + combine, time)
     time = tl.maximum(tl.where(k == 0, time, time * GAIN), 0.0)
     return (time.to(tl.int32, bitcast=True) & -CANDIDATES) | k  # a positive float's bits rise with it
@@ -139,7 +148,7 @@ def _predicted(k, c, inverse, load, longest, all_tiles, big_tiles, big_work, mod
 @triton.jit
 def _predicted_time(c, load, all_tiles, big_tiles, big_load, model):
     """reference._predicted_time"""
-    _, share, _, tile, block, _, _ = model
+    _, share, _, tile, block, _, _, _ = model
     tallest = c.to(tl.float32) + tile
     small_tiles = tl.maximum(all_tiles - big_tiles, 0.0)
     big_tiles = tl.maximum(big_tiles, 1.0)

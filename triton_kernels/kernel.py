@@ -75,6 +75,7 @@ class Numbers(NamedTuple):
     block_cost_3: float
     split_cost: float
     combine_cost: float
+    least_splits_cost: float
 
 
 # The names themselves: Triton's cache tells kernels apart by their source and by such constants that they read, and
@@ -211,7 +212,7 @@ def prepare_varlen_num_blocks_kernel(
     stride_0, stride_1, stride_2, stride_3, stride_4, batch_size, max_seqlen_q, max_seqlen_k_new,
     q_heads_per_row, block_m, multiplier_m, block_n, multiplier_n, num_splits, num_heads, heads_per_l2_head,
     max_kvblocks_in_l2, is_causal, load_factor, window_left, attention_chunk, fixed_blocks, causal_saving,
-    tile_cost, block_cost_0, block_cost_1, block_cost_2, block_cost_3, split_cost, combine_cost,
+    tile_cost, block_cost_0, block_cost_1, block_cost_2, block_cost_3, split_cost, combine_cost, least_splits_cost,
     LAYOUT: tl.constexpr, CONTIGUOUS: tl.constexpr, EARLY: tl.constexpr, SLICE: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """The metadata of one batch. LAYOUT: a Layout as a plain tuple."""
@@ -222,7 +223,7 @@ def prepare_varlen_num_blocks_kernel(
     n = Numbers(
         q_heads_per_row, block_m, multiplier_m, block_n, multiplier_n, num_splits, num_heads, heads_per_l2_head,
         max_kvblocks_in_l2, is_causal, load_factor, window_left, attention_chunk, fixed_blocks, causal_saving,
-        tile_cost, block_cost_0, block_cost_1, block_cost_2, block_cost_3, split_cost, combine_cost,
+        tile_cost, block_cost_0, block_cost_1, block_cost_2, block_cost_3, split_cost, combine_cost, least_splits_cost,
     )  # fmt: skip
     _write_metadata(
         out, lengths, strides, batch_size, max_seqlen_q, max_seqlen_k_new, n, _by_name(LAYOUT), SLICE, GROUP

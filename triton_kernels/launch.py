@@ -270,6 +270,7 @@ def _numbers(plan: LaunchPlan) -> Numbers:
         block_cost_3=costs.block[3],
         split_cost=costs.per_split,
         combine_cost=costs.combine,
+        least_splits_cost=costs.least_splits,
     )
 
 

@@ -231,7 +231,7 @@ def _planned(problem: Problem, rules: FA3Rules) -> LaunchPlan:
         heads_per_l2_head=1 if pack_gqa else group,
         max_kvblocks_in_l2=rules.l2_bytes(group) // kv_block_bytes,
         dynamic_splits=dynamic_splits,
-        costs=costs_of(p, compiled_kernel(p, block_m, block_n), num_sms) if balanced else None,
+        costs=costs_of(p, compiled_kernel(p, block_m, block_n), num_sms, num_splits) if balanced else None,
         attention_chunk=p.attention_chunk,
         max_seqlen_q=p.max_seqlen_q,
         is_short=_is_short(p, p.max_seqlen_k),
@@ -327,7 +327,7 @@ def _invariant_bound(
     one = invariance.of_one_query(p)
     keys_read = most_keys_read(one, block_m, is_local, _normalise_mask(one)[2])
     fa3, _ = resolve_num_splits(one, 0, p.num_heads_k, keys_read, num_sms, block_m, block_n, True)
-    return invariant_num_splits(p, -(-keys_read // block_n), fa3), ("what may pay, the same in every batch",)
+    return invariant_num_splits(one, -(-keys_read // block_n), fa3), ("what may pay, the same in every batch",)
 
 
 def _normalise_mask(p: Problem) -> tuple[bool, bool, tuple[int, int]]:

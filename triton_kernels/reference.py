@@ -201,7 +201,8 @@ def _fastest_blocks_per_split(plan: LaunchPlan, num_m_blocks: Ints, blocks: Ints
 
     tallest = candidates.astype(f32) + f32(costs.tile)
     time = _predicted_time(costs, tallest, load, all_tiles, big_tiles, big_load, share)
-    combine = f32(costs.combine) + f32(longest) * inverse * f32(costs.per_split)
+    splits = np.maximum(f32(longest) * inverse * f32(costs.per_split), f32(costs.least_splits))
+    combine = f32(costs.combine) + splits
     time = np.where(candidates < longest, time + combine, time)
     time = np.maximum(np.where(k == 0, time, time * f32(CLEAR_GAIN)), f32(0))
     return candidates[np.argmin(time.view(i32) // NUM_CANDIDATES)]  # but for the last bits, as the kernel does

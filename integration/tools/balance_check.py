@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..api import plan_call
-from ..triton_kernels.balance import costs_from
+from ..triton_kernels.balance import combined_us, costs_from
 from ..triton_kernels.reference import splits_of
 from .balance_fit import ATTENTIONS, Attention, Batch, Timer, call_arguments, kernel_of
 
@@ -116,8 +116,10 @@ def _by_rule(
     asked = call_arguments(attention, unsplit, kernel[-1], build) | {"num_splits": 0}
     query, key = np.ones(len(blocks), np.int32), np.array(blocks, np.int32)
     plans = [plan_call(asked, device)[3]]
-    balanced = plan_call(asked | {"policy": "balanced"}, device)[3]
-    plans += [replace(balanced, costs=costs_from(table, kernel, balanced.num_sms)) for table in tables]
+    _, problem, _, balanced = plan_call(asked | {"policy": "balanced"}, device)
+    least_us = combined_us(problem, balanced.num_splits, 0, 0.0)
+    costs = [costs_from(table, kernel, balanced.num_sms, least_us=least_us) for table in tables]
+    plans += [replace(balanced, costs=one) for one in costs]
     splits = [tuple(map(int, splits_of(plan, query, key))) for plan in plans]
     return {
         rule: replace(unsplit, splits=some, bound=plan.num_splits)

@@ -62,7 +62,7 @@ class CardCosts:
 
     table: Table  # the constants of the law
     launch: float  # of a layer, whatever it has to do
-    combine: float  # of the combine kernel, which runs where the bound on splits is above one
+    combine: float  # of the combine kernel, where something is split
     partial: float  # for each MB of partial outputs
     rows: float  # for each thousand output rows
     many: float  # for each doubling above 32 of the most splits of a sequence, without spare rows (balance.py)

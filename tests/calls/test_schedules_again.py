@@ -141,6 +141,26 @@ def test_while_steps_are_recorded_every_launch_goes_the_long_way(
     assert launched == [6, 6]
 
 
+def test_so_does_every_update_of_a_plan(
+    launched: list[int], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape: dict[str, Any] = {"num_heads": 8, "num_heads_k": 1, "headdim": 128, "build": "sglang-kernel-0.4.2"}
+    plan = fa3_metadata.MetadataPlan(max_batch_size=8, max_seqlen_k=9000, device="cpu", **shape)
+    monkeypatch.setattr(plan._group, "_on_cpu", False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    for _ in range(3):
+        plan.update(STORE[:6])
+    assert launched == [6], "by the third time it is known"
+    trace.start(tmp_path / "steps.trace")
+    for _ in range(3):
+        plan.update(STORE[:6])
+    trace.stop()
+    assert launched == [6]
+    assert len(list(trace.read(tmp_path / "steps.trace"))) == 3
+    plan.update(STORE[:6])
+    assert launched == [6, 6]
+
+
 def test_what_is_known_is_bounded(launched: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api, "_MOST_KINDS", 3)
     for name in ("_MOST_STEPS", "_MOST_AGAIN"):

@@ -282,7 +282,7 @@ def test_the_search_stays_finite_at_the_bounds(
     block = balance._cubic(alone, 3.0)
     costs = {invariant: balance.Costs(tile, block, per_split, balance._invariant_blocks(tile) if invariant else 0)
              for invariant in (False, True)}  # fmt: skip
-    monkeypatch.setattr(plan, "costs_of", lambda problem, _, __: costs[problem.batch_invariant])
+    monkeypatch.setattr(plan, "costs_of", lambda problem, *_: costs[problem.batch_invariant])
     for lengths, heads in (([0], 8), (LENGTHS, 8), ([2**24 - 512] * 64, 1024), ([1] * 63 + [2**24 - 512], 16)):
         call = {
             "batch_size": len(lengths), "max_seqlen_q": 4, "max_seqlen_k": 2**24 - 512, "num_heads": heads,
