@@ -66,6 +66,7 @@ def _the_gpu_alone(request: pytest.FixtureRequest) -> Iterator[None]:
         try:
             yield
         finally:
+            torch.cuda.empty_cache()  # which other workers may need
             del os.environ[_LOCKED]
             fcntl.flock(gpu, fcntl.LOCK_UN)  # whoever has inherited the file
 

@@ -52,7 +52,7 @@ MOST_QUERY_BLOCKS = 15  # of a sequence that the model counts: more than a call 
 LEAST_ALONE, MOST_ALONE, MOST_COST = 2.0**-6, 2.0**10, 2.0**16
 _LEAST_NUMBER, _MOST_NUMBER = 1e-12, 1e12  # of a table, so that no quotient overflows
 _MAX_SPLITS = 128  # what FA3's heuristic allows, too
-_MIN_COMBINE_SPLITS = 32  # the combine kernel costs the same up to here
+_MIN_COMBINE_SPLITS = 32  # that the combine kernel is compiled for
 _COMBINE_US, _ROW_US = 0.98, 0.00047  # that it costs by itself, and for each output row, on both cards
 _SPARE_ROW_US = 0.04  # for each split that is combined of a row that is none, by sweeps on an H100
 # A decode layer that is as short as they come: what a bound costs there is weighed against what it gains elsewhere.
@@ -209,7 +209,7 @@ def invariant_num_splits(problem: Problem, num_n_blocks: int, fa3: int) -> int:
 
 
 def _useful_splits(fa3: int) -> int:
-    """Splits that let the longest sequence fill the SMs; the combine kernel's cost rises at powers of two."""
+    """Splits that let the longest sequence fill the SMs, up to the next power of two, which costs no more."""
     return min(max(_MIN_COMBINE_SPLITS, 1 << (fa3 - 1).bit_length()), _MAX_SPLITS)
 
 

@@ -122,7 +122,7 @@ def every_fact() -> Iterator[tuple[int, str, str]]:
         yield from ((i, module, fact) for part in parts for module, facts in part.items() for fact in facts)
 
 
-@pytest.mark.parametrize(("layout", "module", "fact"), every_fact())
+@pytest.mark.parametrize(("layout", "module", "fact"), list(every_fact()))
 def test_a_name_that_goes_missing_is_noticed(layout: int, module: str, fact: str) -> None:
     facts = recorded()[LAYOUTS[layout].versions.split(" to ")[1]]["facts"]
     facts[module].remove(fact)
