@@ -43,7 +43,7 @@ from .tables import Table, find_table
 NUM_CANDIDATES = 8  # for the key blocks of a split: candidate_of
 MOST_FOR_ALL_CANDIDATES = 128  # sequences, a power of two; in larger batches every second is tried: a shorter launch
 # Candidate k: so many 64ths of an SM's load, rounded up, and so many key blocks more. The first, 1.1 exactly, is FA3's.
-CANDIDATES = ((70, 0), (72, 1), (94, 0), (72, 3), (37, 3), (37, 0), (19, 6), (16, 3))
+CANDIDATES = ((70, 0), (72, 1), (94, 0), (72, 5), (37, 3), (37, 0), (19, 6), (16, 3))
 CLEAR_GAIN = 1.01  # FA3's is left only for one that is predicted to take this part less
 MOST_QUERY_BLOCKS = 15  # of a sequence that the model counts: more than a call that it serves may have, and four bits
 # Bounds of `Costs`, far beyond what GPUs have (alone 0.2 to 2, tile 0.1 to 3), with which nothing overflows: the search
