@@ -25,7 +25,7 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import IO, Any
 
@@ -89,12 +89,15 @@ class Recorder:
             except Exception as error:  # the engine must go on
                 self._end(f"{type(error).__name__}: {error}")
 
-    def replayed(self, batch_size: int | None = None) -> None:
-        """Keep the lengths that captured graphs read, those of batches of this size alone, as they are now."""
+    def replayed(self, batch_size: int | None, reading: Collection[tuple[int, int]] | None) -> None:
+        """Keep the lengths that captured graphs read, of these batches alone, as they are now."""
         with self._lock:
             captured = list(self._captured.values())
         for problem, rules, tensors in captured:
-            if batch_size is None or problem.batch_size == batch_size:
+            if batch_size is not None and problem.batch_size != batch_size:
+                continue
+            lengths = tensors.cache_seqlens
+            if reading is None or (lengths.data_ptr(), lengths.numel()) in reading:
                 self.record(problem, tensors, rules)
 
     def _record(self, problem: Problem, tensors: LengthTensors, rules: FA3Rules) -> None:
@@ -239,13 +242,14 @@ def record(problem: Problem, tensors: LengthTensors, rules: FA3Rules) -> None:
         current.record(problem, tensors, rules)
 
 
-def replayed(batch_size: int | None = None) -> None:
+def replayed(batch_size: int | None = None, *, reading: Collection[tuple[int, int]] | None = None) -> None:
     """Call at each replay of a CUDA graph that makes its metadata itself: keeps the lengths that it reads.
 
-    `batch_size`: that of the graph, where several were captured; None: what all of them read.
+    `batch_size`: that of the graph, where several were captured. `reading`: the address and the number of elements of
+    each tensor that may be its lengths. None: whatever they are. SGLang's adapter calls it.
     """
     if current is not None:
-        current.replayed(batch_size)
+        current.replayed(batch_size, reading)
 
 
 def is_on() -> bool:

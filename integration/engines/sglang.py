@@ -29,6 +29,7 @@ from ..wrapper import SchedulePolicy, wrap_forward
 from .late_import import when_imported
 from .once import warn_once
 from .sglang_names import ALL_LAYOUTS, LAYOUTS, SGLangNames
+from .sglang_replays import PREPARES, Replays
 from .sglang_step import EagerSteps
 
 _log = logging.getLogger("fa3_metadata")
@@ -57,6 +58,8 @@ class Attached:
             forward.hold()
         ours: dict[str, Callable[..., Any]] = {"init_forward_metadata": self._init_forward_metadata}
         ours |= {name: self._steps.of_layer(getattr(backend, name)) for name in _LAYERS}
+        self._replays = Replays(backend)
+        ours |= {name: self._replays.of_prepare(getattr(backend, name)) for name in PREPARES if hasattr(backend, name)}
         if names.maker_keywords:
             ours[_MAKER] = self._make_or_leave
         self._ours = ours
@@ -87,6 +90,7 @@ class Attached:
 
     def _init_forward_metadata(self, *args: Any, **kwargs: Any) -> None:
         """SGLang's, for a batch that runs eagerly; then the metadata, now that the page table is final."""
+        self._replays.tell()
         self._asked, self._is_eager = None, True
         try:
             self._theirs["init_forward_metadata"](*args, **kwargs)

@@ -27,6 +27,7 @@ from fa3_metadata import step, wrap_forward
 from fa3_metadata.engines import sglang_reach
 from fa3_metadata.engines.reach import NONE, THEIRS, coverage_table
 from fa3_metadata.engines.sglang_names import ALL_LAYOUTS, FORWARD, LAYOUTS, SGLangNames
+from fa3_metadata.engines.sglang_replays import PREPARES
 
 from ..helpers.published import published_wheel, why_no_wheel
 
@@ -264,6 +265,18 @@ def test_published_wheel(version: str) -> None:
     facts = read_wheel(wheel)
     assert [line for names in layouts_of(version) for line in lacking(names, facts)] == []
     assert facts == _recorded()[version], "record anew: python -m tests.engines.test_sglang_contract FOLDER"
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_its_backends_are_asked_before_replays(version: str) -> None:
+    """By one of the methods that a recording leans on."""
+    if (wheel := published_wheel("sglang", version)) is None:
+        pytest.skip(why_no_wheel("sglang", version))
+    with zipfile.ZipFile(wheel) as archive:
+        for names in layouts_of(version):
+            backend = _child(_parse(archive, names.module), names.backend)
+            methods = {node.name for node in backend.body if isinstance(node, ast.FunctionDef)}
+            assert methods & set(PREPARES), names.backend
 
 
 @pytest.mark.parametrize("version", VERSIONS)
