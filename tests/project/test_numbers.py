@@ -249,6 +249,9 @@ def test_what_the_readme_says_of_schedules() -> None:
     has(README, f"{len(named)} named batches {span(named.values(), 2)} x, mean {means[0]:.2f} x; {len(drawn)} drawn at "
                 f"random {span(drawn.values(), 2)} x, mean {means[1]:.2f} x; above 992 sequences {many[0]:.1f} and "
                 f"{many[1]:.1f} x")  # fmt: skip
+    page = (ROOT / "docs" / "how-fa3-schedules.md").read_text()
+    (picture,) = re.findall(r"against +policy balanced ([\d.]+) us a layer, policy fa3 ([\d.]+) us: .* on H100", page)
+    has(README, f"The picture is simulated ({picture[1]} and {picture[0]} us)")
     _, theirs, ours, *_ = judged()["32 lognormal(9, 1), window 4095"]
     has(README, f'FA3\'s took {float(theirs):.1f} us and "balanced" {float(ours):.1f}, measured')
 
