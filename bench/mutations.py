@@ -1105,12 +1105,27 @@ SCHEDULES = (
     ),
     *(
         Mutation(
+            f"{name}-of-a-plans-lengths",
+            "integration/plans.py",
+            f"cache_seqlens.{part}{comma}",
+            after,
+            f"a plan would read lengths at the same address with another {name} as those before",
+            (_AGAIN,),
+        )
+        for name, part, comma, after in (
+            ("place", "data_ptr()", ", cache_seqlens.shape", "0, cache_seqlens.shape"),
+            ("shape", "shape", ", ", ""),
+            ("stride", "stride()", ", ", ""),
+        )
+    ),
+    *(
+        Mutation(
             f"{name}-of-a-tensor",
             "integration/schedules.py",
             "return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype",
             after,
             f"lengths at the same address with another {name} would be read as those before",
-            (_AGAIN, _PLANS),
+            (_AGAIN,),
         )
         for name, after in (
             ("place", "return 0, tensor.shape, tensor.stride(), tensor.dtype"),

@@ -141,6 +141,37 @@ def test_while_steps_are_recorded_every_launch_goes_the_long_way(
     assert launched == [6, 6]
 
 
+def test_lengths_of_another_batch_size_are_refused_also_after_a_good_call(launched: list[int]) -> None:
+    """Of the same address, stride and dtype."""
+    out = torch.full((60,), -7, dtype=torch.int32)
+    for _ in range(3):
+        call(out)
+    for name in ("cache_seqlens", "leftpad_k"):
+        with pytest.raises(ValueError, match=name):
+            call(out, **{name: GOOD[name].as_strided((7,), (1,))} if name == "cache_seqlens" else {name: STORE[:5]})
+    assert launched == []
+
+
+@pytest.mark.parametrize(
+    ("other", "wanted"),
+    [(STORE[1:7], 6), (STORE[:5], 5), (STORE[:12:2], 6), (STORE.view(torch.int64)[:6], 6)],
+    ids=["place", "shape", "stride", "dtype"],
+)
+def test_a_plan_takes_other_lengths_the_long_way(
+    other: torch.Tensor, wanted: int, launched: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape: dict[str, Any] = {"num_heads": 8, "num_heads_k": 1, "headdim": 128, "build": "sglang-kernel-0.4.2"}
+    plan = fa3_metadata.MetadataPlan(max_batch_size=8, max_seqlen_k=9000, device="cpu", **shape)
+    monkeypatch.setattr(plan._group, "_on_cpu", False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    for _ in range(3):
+        plan.update(STORE[:6])
+    assert launched == [6], "by the third time it is known"
+    plan.update(other)
+    assert launched == [6]
+    assert plan._group.batch_size == wanted
+
+
 def test_so_does_every_update_of_a_plan(
     launched: list[int], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
