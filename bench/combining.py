@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
+from functools import partial
 
 import fa3_metadata
 import numpy as np
@@ -18,11 +18,10 @@ from fa3_metadata.api import plan_call
 from fa3_metadata.installed import load_forward
 from fa3_metadata.tools.timing import gpu_facts, middle
 from fa3_metadata.triton_kernels.balance import has_spare_rows
-from fa3_metadata.triton_kernels.plan import make_plan
-from fa3_metadata.triton_kernels.reference import Lengths, metadata_of_splits, sequence_blocks
+from fa3_metadata.triton_kernels.reference import Lengths
 
 from .decode_step import why_not
-from .schedules import Layers, replayed
+from .schedules import Layers, capture, replayed, variant_of_splits
 from .workloads import Workload
 
 LENGTHS, SPLITS, ROUNDS = (6144,) * 4, 8, 10
@@ -47,23 +46,12 @@ def main(argv: list[str] | None = None) -> int:
         heads, heads_k, dim, dim_v, queries = shape
         layers = Layers(Workload("", LENGTHS, heads, heads_k, dim, dim_v, None, queries))
         _, problem, rules, _ = plan_call(layers.problem)
-        graphs, kept = [], []
-        for bound in BOUNDS:
-            plan = make_plan(replace(problem, num_splits=bound), rules)
-            blocks = sequence_blocks(problem, plan, Lengths(np.array(LENGTHS, np.int32)))
-            metadata = metadata_of_splits(plan, *blocks, np.full(len(LENGTHS), SPLITS, np.int32))
-            told = {
-                "num_splits": bound,
-                "pack_gqa": plan.pack_gqa,
-                "scheduler_metadata": torch.from_numpy(metadata).cuda(),
-            }
-            kept.append(told)  # which the graph reads
-            forward(**layers.call, page_table=layers.tables[0], **told)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                for table in layers.tables:
-                    forward(**layers.call, page_table=table, **told)
-            graphs.append((str(bound), graph))
+        lengths, splits = Lengths(np.array(LENGTHS, np.int32)), np.full(len(LENGTHS), SPLITS, np.int32)
+        told = {bound: variant_of_splits(problem, rules, lengths, splits, bound) for bound in BOUNDS}
+        graphs = []
+        for bound, more in told.items():
+            forward(**layers.call, page_table=layers.tables[0], **more)
+            graphs.append((str(bound), capture(layers, partial(forward, **layers.call, **more))))
         times = replayed(graphs, layers, ROUNDS)
         name = (
             f"{heads}/{heads_k}, d {dim}"
@@ -72,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         said = "  ".join(f"{bound}: {middle(some):.2f}" for bound, some in times.items())
         print(f"{'*' if has_spare_rows(problem) else ' '}{name:18s} {heads * queries:3d} rows   {said}", flush=True)
-        del graphs, kept, layers
+        del graphs, told, layers
         torch.cuda.empty_cache()
     return 0
 

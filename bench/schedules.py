@@ -31,7 +31,7 @@ import pathlib
 import re
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -43,10 +43,13 @@ import torch
 from fa3_metadata.api import plan_call
 from fa3_metadata.installed import load_forward
 from fa3_metadata.tools.timing import Captured, gpu_facts, graph_sampler, interleaved, middle, summary
+from fa3_metadata.triton_kernels.builds import FA3Rules
 from fa3_metadata.triton_kernels.card import peak_gb_s
 from fa3_metadata.triton_kernels.invariance import VarianceError
 from fa3_metadata.triton_kernels.plan import make_plan
+from fa3_metadata.triton_kernels.problem import Problem
 from fa3_metadata.triton_kernels.reference import Lengths, blocks_read, metadata_of_splits, sequence_blocks
+from numpy.typing import NDArray
 
 from .decode_step import why_not
 from .workloads import RANDOM_SUITE, SEEN_SUITE, SUITE, Workload, sizes_to_try
@@ -162,12 +165,17 @@ def uniform_variants(layers: Layers, w: Workload) -> dict[str, dict[str, Any]]:
             continue
         seen.add(splits.tobytes())
         bound = 1 if most == 1 else 1 << max(5, (most - 1).bit_length())
-        one = make_plan(replace(problem, num_splits=bound), rules)
-        metadata = metadata_of_splits(one, *sequence_blocks(problem, one, lengths), splits)
-        found[str(size)] = {
-            "scheduler_metadata": torch.from_numpy(metadata).cuda(), "num_splits": bound, "pack_gqa": one.pack_gqa
-        }  # fmt: skip
+        found[str(size)] = variant_of_splits(problem, rules, lengths, splits, bound)
     return found
+
+
+def variant_of_splits(
+    problem: Problem, rules: FA3Rules, lengths: Lengths, splits: NDArray[np.int32], bound: int
+) -> dict[str, Any]:
+    """The forward's arguments for these splits of each sequence, with `bound` as its num_splits."""
+    plan = make_plan(replace(problem, num_splits=bound), rules)
+    metadata = metadata_of_splits(plan, *sequence_blocks(problem, plan, lengths), splits)
+    return {"scheduler_metadata": torch.from_numpy(metadata).cuda(), "num_splits": bound, "pack_gqa": plan.pack_gqa}
 
 
 def measure(
@@ -195,12 +203,7 @@ def measure(
     pool = torch.cuda.graph_pool_handle()
 
     def captured(attend: Callable[..., object]) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            for i, table in enumerate(layers.tables):
-                between[i % len(between)]()
-                attend(page_table=table)
-        return graph
+        return capture(layers, attend, between, pool)
 
     names = (*variants, *COMPARED, *COMPARED)
     graphs = [(name, captured(partial(forward, **layers.call, **variants[name]))) for name in names]
@@ -212,6 +215,19 @@ def measure(
     bounds = {name: more.get("num_splits", 0) for name, more in variants.items()}
     peak = peak_gb_s(torch.cuda.get_device_name()) or math.nan
     return Result(w, times, _most_splits(layers), bounds, layers.kv_bytes / peak / 1e3)
+
+
+def capture(
+    layers: Layers, attend: Callable[..., object], between: Sequence[Callable[[], object]] = (lambda: None,),
+    pool: Any = None,
+) -> torch.cuda.CUDAGraph:  # fmt: skip
+    """A graph of all layers; `attend` takes a page_table. What is done before each of them, in turns."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        for i, table in enumerate(layers.tables):
+            between[i % len(between)]()
+            attend(page_table=table)
+    return graph
 
 
 def replayed(graphs: list[tuple[str, torch.cuda.CUDAGraph]], layers: Layers, rounds: int) -> Captured:

@@ -12,7 +12,6 @@ model with random weights soon repeat, and then attention gives the same whateve
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import pathlib
@@ -20,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 
-from .sglang_model import load, make_model, use, why_not
+from .sglang_model import digest, load, log_to_stderr, make_model, use, why_not
 
 VARIANTS = ("none", "sglang", "adapter", "wrapper")
 BATCHES = ((1, 700), (8, 300), (16, 1000), (5, 2000), (2, 60), (11, 129))  # sequences, tokens of context
@@ -33,14 +32,11 @@ SIZES = {
 
 def decode(variant: str, folder: pathlib.Path) -> list[str]:
     """A digest of the logits of every step."""
-    import logging
-
     import numpy as np
     import torch
     from sglang import bench_one_batch
 
-    logging.getLogger("fa3_metadata").setLevel(logging.DEBUG)
-    logging.getLogger("fa3_metadata").addHandler(logging.StreamHandler())
+    log_to_stderr()
     use(variant)
     graphs = {"cuda_graph_bs": [1, 8, 16], "context_length": 16384}
     runner = load(folder, mem_fraction_static=0.3, max_total_tokens=100_000, **graphs)
@@ -56,7 +52,7 @@ def decode(variant: str, folder: pathlib.Path) -> list[str]:
                 tokens.dtype
             )
             tokens, logits = runner.decode(tokens, batch)
-            digests.append(hashlib.sha256(logits.float().cpu().numpy().tobytes()).hexdigest())
+            digests.append(digest(logits))
     assert torch.isfinite(logits).all()
     return digests
 

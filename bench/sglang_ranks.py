@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import hashlib
 import json
 import os
 import pathlib
@@ -30,7 +29,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
-from .sglang_model import load, make_model, use, why_not
+from .sglang_model import digest, load, log_to_stderr, make_model, use, why_not
 
 RANKS, STEPS = 2, 80
 VARIANTS = ("none", "sglang", "adapter")
@@ -90,7 +89,7 @@ class Rank:
             times.append((time.perf_counter() - begin) * 1e3)
             if sequences:
                 assert torch.isfinite(logits).all()
-                digests.append(hashlib.sha256(logits.float().cpu().numpy().tobytes()).hexdigest())
+                digests.append(digest(logits))
         return digests, times
 
     def _idle(self) -> None:
@@ -139,10 +138,7 @@ class Rank:
 
 def run(setup: str, variant: str, rank: int, folder: pathlib.Path, port: int) -> None:
     """One process: what it found, in a file of its own."""
-    import logging
-
-    logging.getLogger("fa3_metadata").setLevel(logging.DEBUG)
-    logging.getLogger("fa3_metadata").addHandler(logging.StreamHandler())
+    log_to_stderr()
     use(variant)
     one = Rank(setup, folder, rank, port)
     with one.turn(folder):

@@ -67,12 +67,10 @@ class Step:
     def __init__(self, family: _Family, batch_size: int, max_seqlen_k: int | None) -> None:
         self.family, self.batch_size, self.max_seqlen_k = family, batch_size, max_seqlen_k
         self.sizes = family.sizes_for(batch_size)  # elements of the metadata of each group
-        self._planned: dict[int, tuple[Problem, LaunchPlan]] | None = None  # by group; few are asked for
+        self._planned: dict[int, tuple[Problem, LaunchPlan]] = {}
 
     def planned(self, group: int = 0) -> tuple[Problem, LaunchPlan]:
         """Problem and launch plan of a group of layers at these sizes; a launch that is shared needs neither."""
-        if self._planned is None:
-            self._planned = {}
         if (found := self._planned.get(group)) is None:
             problem, plan = self.family.problems[group], self.family.plans[group]
             longest = problem.max_seqlen_k if self.max_seqlen_k is None else self.max_seqlen_k

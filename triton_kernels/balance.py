@@ -83,14 +83,14 @@ def costs_of(problem: Problem, kernel: tuple[int, int, int, int, int], num_sms: 
 
     A kernel that was not measured gets scaled constants. `bound`: on splits; while it is not known, the least.
     """
-    least_us = combined_us(problem, bound, 0, 0.0)
+    least_us = least_combined_us(problem, bound)
     return costs_from(constants_of(problem.gpu), kernel, num_sms, problem.batch_invariant, least_us)
 
 
 def costs_from(
     table: Table, kernel: tuple[int, ...], num_sms: int, batch_invariant: bool = False, least_us: float = 0.0
 ) -> Costs:
-    """The same by the constants of a table; `least_us`: what all splits cost at least (combined_us)."""
+    """The same by the constants of a table; `least_us`: what all splits cost at least (least_combined_us)."""
     found = kernel_constants(table, kernel)
     size, num_sms = block_bytes(kernel), max(num_sms, 1)
     alone, tile, per_split, full = _in_blocks(table, found, size, num_sms)
@@ -165,10 +165,15 @@ def _invariant_blocks(tile: float) -> int:
 
 def combined_us(problem: Problem, bound: int, splits: int, split_us: float) -> float:
     """Of the combine kernel: what it takes for the splits of the sequence with the most, by the bound and split_us."""
+    return max(split_us * splits, least_combined_us(problem, bound))
+
+
+def least_combined_us(problem: Problem, bound: int) -> float:
+    """What it takes for rows that are none, whatever the splits."""
     if not has_spare_rows(problem):
-        return split_us * splits
+        return 0.0
     least = _MIN_COMBINE_SPLITS // (2 if problem.value_headdim <= 64 else 1)
-    return max(split_us * splits, _SPARE_ROW_US * max(least, 1 << (bound - 1).bit_length()))
+    return _SPARE_ROW_US * max(least, 1 << (bound - 1).bit_length())
 
 
 def balanced_num_splits(

@@ -36,9 +36,8 @@ def work_of(num_m, num_n, causal_saving):
 
 
 @triton.jit
-def _block_cost(busy, block):
-    at_0, by_1, by_2, by_3 = block
-    return at_0 + busy * (by_1 + busy * (by_2 + busy * by_3))
+def _block_cost(busy, n):
+    return n.block_cost_0 + busy * (n.block_cost_1 + busy * (n.block_cost_2 + busy * n.block_cost_3))
 
 
 @triton.jit
@@ -49,17 +48,6 @@ def fastest_blocks_per_split(
 
     `group_m`, `group_n` [GROUP]: query and key blocks of `lengths`. `most`, `n`, LAYOUT: as for num_blocks.
     """
-    block = (n.block_cost_0, n.block_cost_1, n.block_cost_2, n.block_cost_3)
-    model = (
-        n.num_heads.to(tl.float32),
-        n.load_factor,
-        n.num_splits,
-        n.tile_cost,
-        block,
-        n.split_cost,
-        n.least_splits_cost,
-        n.combine_cost,
-    )
     group_m = few_blocks(group_m)
     if GROUP <= ONE_WARP:
         # [GROUP, CANDIDATES]. One number for three, made as wide as that (by adding zeros) before it is taken apart,
@@ -67,7 +55,7 @@ def fastest_blocks_per_split(
         k = tl.arange(0, CANDIDATES)[None, :]
         work = work_of(group_m, group_n, n.causal_saving)
         wide = ((work.to(tl.int64) << 32) | (group_n * 16 + group_m))[:, None] + (k & CANDIDATES)
-        c, inverse, load, longest = _candidates(k, tl.sum(work), tl.max(group_n), model, LAYOUT.short)
+        c, inverse, load, longest = _candidates(k, tl.sum(work), tl.max(group_n), n, LAYOUT.short)
         blocks, work = wide.to(tl.int32), (wide >> 32).to(tl.int32)
         tiles, big = _tiles(blocks & 15, blocks >> 4, c, inverse)
         big_work = tl.where(big, work, 0)
@@ -75,7 +63,7 @@ def fastest_blocks_per_split(
         counts, big_work = tl.split(tl.sum(joined, axis=0, keep_dims=True))  # three sums in one reduction
         all_tiles, big_tiles = tl.split(counts)
         big_work, _ = tl.split(big_work)
-        key = _predicted(k, c, inverse, load, longest, all_tiles, big_tiles, big_work, model)
+        key = _predicted(k, c, inverse, load, longest, all_tiles, big_tiles, big_work, n)
         # The warp has every candidate in four of its threads, and an instruction for the least number of all of them.
         key = tl.broadcast_to(key, (WARP // CANDIDATES, CANDIDATES))
         return tl.max(tl.where(key == tl.min(key), c, 0))
@@ -90,20 +78,20 @@ def fastest_blocks_per_split(
     longest = tl.max(tl.max(num_n, axis=1, keep_dims=True), axis=2, keep_dims=True)
     batch = (num_m, num_n, work, _of_all(work), longest)
     if GROUP > ALL_CANDIDATES:  # as the batch is then: GROUP is the next power of two
-        key = _key(2 * k, batch, model, LAYOUT.short)
+        key = _key(2 * k, batch, n, LAYOUT.short)
     else:
-        key = tl.minimum(_key(k, batch, model, LAYOUT.short), _key(k + HALF, batch, model, LAYOUT.short))
+        key = tl.minimum(_key(k, batch, n, LAYOUT.short), _key(k + HALF, batch, n, LAYOUT.short))
     return tl.min(key).to(tl.int32)
 
 
 @triton.jit
-def _key(k, batch, model, SHORT: tl.constexpr):
+def _key(k, batch, n, SHORT: tl.constexpr):
     """`_predicted` of candidates [HALF, 1, 1] in the upper half of an int64, and their key blocks of a split."""
     num_m, num_n, work, total, longest = batch
-    c, inverse, load, longest = _candidates(k, total, longest, model, SHORT)
+    c, inverse, load, longest = _candidates(k, total, longest, n, SHORT)
     tiles, big = _tiles(num_m, num_n, c, inverse)
     big_tiles, big_work = _of_all(tl.where(big, tiles, 0)), _of_all(tl.where(big, work, 0))
-    key = _predicted(k, c, inverse, load, longest, _of_all(tiles), big_tiles, big_work, model)
+    key = _predicted(k, c, inverse, load, longest, _of_all(tiles), big_tiles, big_work, n)
     return (key.to(tl.int64) << 32) | c
 
 
@@ -114,15 +102,15 @@ def _of_all(x):
 
 
 @triton.jit
-def _candidates(k, total, longest, model, SHORT: tl.constexpr):
+def _candidates(k, total, longest, n, SHORT: tl.constexpr):
     """reference._candidates `k`: key blocks of a split, their reciprocal; load, longest."""
-    heads, share, num_splits, _, _, _, _, _ = model
-    load, longest = tl.maximum(total.to(tl.float32) * heads * share, 0.0), tl.maximum(longest, 1)
+    load = tl.maximum(total.to(tl.float32) * n.num_heads.to(tl.float32) * n.load_factor, 0.0)
+    longest = tl.maximum(longest, 1)
     place = k.to(tl.int64) * 8  # of a byte
     parts, more = ((place * 0 + PARTS) >> place) & 255, ((place * 0 + MORE) >> place) & 255
     of_load = tl.where(k == 0, 1.1, parts.to(tl.float32) * 0.015625)
     c = _rounded(tl.minimum(load, 2097152.0) * of_load + 0.4995) + more.to(tl.int32)
-    c = tl.maximum(tl.minimum(c, longest), cdiv(longest, num_splits, SHORT))
+    c = tl.maximum(tl.minimum(c, longest), cdiv(longest, n.num_splits, SHORT))
     return c, _reciprocal(c.to(tl.float32)), load, longest
 
 
@@ -134,21 +122,21 @@ def _tiles(num_m, num_n, c, inverse):
 
 
 @triton.jit
-def _predicted(k, c, inverse, load, longest, all_tiles, big_tiles, big_work, model):
+def _predicted(k, c, inverse, load, longest, all_tiles, big_tiles, big_work, n):
     """The predicted time as an int32 that rises with it; the last three bits are the candidate's number."""
-    heads, share, _, _, _, split_cost, least_splits_cost, combine_cost = model
+    heads, share = n.num_heads.to(tl.float32), n.load_factor
     all_tiles, big_tiles = all_tiles.to(tl.float32) * heads, big_tiles.to(tl.float32) * heads
-    time = _predicted_time(c, load, all_tiles, big_tiles, big_work.to(tl.float32) * heads * share, model)
-    combine = combine_cost + tl.maximum(longest.to(tl.float32) * inverse * split_cost, least_splits_cost)
+    time = _predicted_time(c, load, all_tiles, big_tiles, big_work.to(tl.float32) * heads * share, n)
+    combine = n.combine_cost + tl.maximum(longest.to(tl.float32) * inverse * n.split_cost, n.least_splits_cost)
     time = tl.where(c < longest, time + combine, time)
     time = tl.maximum(tl.where(k == 0, time, time * GAIN), 0.0)
     return (time.to(tl.int32, bitcast=True) & -CANDIDATES) | k  # a positive float's bits rise with it
 
 
 @triton.jit
-def _predicted_time(c, load, all_tiles, big_tiles, big_load, model):
+def _predicted_time(c, load, all_tiles, big_tiles, big_load, n):
     """reference._predicted_time"""
-    _, share, _, tile, block, _, _, _ = model
+    share, tile = n.load_factor, n.tile_cost
     tallest = c.to(tl.float32) + tile
     small_tiles = tl.maximum(all_tiles - big_tiles, 0.0)
     big_tiles = tl.maximum(big_tiles, 1.0)
@@ -172,9 +160,9 @@ def _predicted_time(c, load, all_tiles, big_tiles, big_load, model):
     busy = tl.minimum(lower, 1.0)
     upper = left * (low * per_half - 1.0) + (lower - busy)
     busy_above = tl.minimum(upper, 1.0)
-    last_wave = half * (_block_cost(busy, block) + _block_cost(busy_above, block) + (upper - busy_above))
+    last_wave = half * (_block_cost(busy, n) + _block_cost(busy_above, n) + (upper - busy_above))
     time = (big * waves - left * low) + last_wave
-    overhang = tl.maximum(small - 2.0 * spread, 0.0) * (0.5 * block[0])
+    overhang = tl.maximum(small - 2.0 * spread, 0.0) * (0.5 * n.block_cost_0)
     return tl.where(filling > (1.0 - left) * low, time + overhang, time)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..api import plan_call
-from ..triton_kernels.balance import combined_us, costs_from
+from ..triton_kernels.balance import costs_from, least_combined_us
 from ..triton_kernels.reference import splits_of
 from .balance_fit import ATTENTIONS, Attention, Batch, Timer, call_arguments, kernel_of
 
@@ -117,7 +117,7 @@ def _by_rule(
     query, key = np.ones(len(blocks), np.int32), np.array(blocks, np.int32)
     plans = [plan_call(asked, device)[3]]
     _, problem, _, balanced = plan_call(asked | {"policy": "balanced"}, device)
-    least_us = combined_us(problem, balanced.num_splits, 0, 0.0)
+    least_us = least_combined_us(problem, balanced.num_splits)
     costs = [costs_from(table, kernel, balanced.num_sms, least_us=least_us) for table in tables]
     plans += [replace(balanced, costs=one) for one in costs]
     splits = [tuple(map(int, splits_of(plan, query, key))) for plan in plans]

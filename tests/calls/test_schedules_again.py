@@ -51,6 +51,19 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return made
 
 
+@pytest.fixture
+def plan(launched: list[int], monkeypatch: pytest.MonkeyPatch) -> fa3_metadata.MetadataPlan:
+    """One that takes its tensors for a GPU's, and knows STORE[:6]."""
+    shape: dict[str, Any] = {"num_heads": 8, "num_heads_k": 1, "headdim": 128, "build": "sglang-kernel-0.4.2"}
+    made = fa3_metadata.MetadataPlan(max_batch_size=8, max_seqlen_k=9000, device="cpu", **shape)
+    monkeypatch.setattr(made._group, "_on_cpu", False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    for _ in range(3):
+        made.update(STORE[:6])
+    assert launched == [6], "by the third time it is known"
+    return made
+
+
 def call(out: torch.Tensor, **more: Any) -> torch.Tensor:
     return fa3_metadata.get_scheduler_metadata(**GOOD | more, out=out)
 
@@ -158,30 +171,16 @@ def test_lengths_of_another_batch_size_are_refused_also_after_a_good_call(launch
     ids=["place", "shape", "stride", "dtype"],
 )
 def test_a_plan_takes_other_lengths_the_long_way(
-    other: torch.Tensor, wanted: int, launched: list[int], monkeypatch: pytest.MonkeyPatch
+    other: torch.Tensor, wanted: int, launched: list[int], plan: fa3_metadata.MetadataPlan
 ) -> None:
-    shape: dict[str, Any] = {"num_heads": 8, "num_heads_k": 1, "headdim": 128, "build": "sglang-kernel-0.4.2"}
-    plan = fa3_metadata.MetadataPlan(max_batch_size=8, max_seqlen_k=9000, device="cpu", **shape)
-    monkeypatch.setattr(plan._group, "_on_cpu", False)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    for _ in range(3):
-        plan.update(STORE[:6])
-    assert launched == [6], "by the third time it is known"
     plan.update(other)
     assert launched == [6]
     assert plan._group.batch_size == wanted
 
 
 def test_so_does_every_update_of_a_plan(
-    launched: list[int], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    launched: list[int], plan: fa3_metadata.MetadataPlan, tmp_path: pathlib.Path
 ) -> None:
-    shape: dict[str, Any] = {"num_heads": 8, "num_heads_k": 1, "headdim": 128, "build": "sglang-kernel-0.4.2"}
-    plan = fa3_metadata.MetadataPlan(max_batch_size=8, max_seqlen_k=9000, device="cpu", **shape)
-    monkeypatch.setattr(plan._group, "_on_cpu", False)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    for _ in range(3):
-        plan.update(STORE[:6])
-    assert launched == [6], "by the third time it is known"
     trace.start(tmp_path / "steps.trace")
     for _ in range(3):
         plan.update(STORE[:6])
