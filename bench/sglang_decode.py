@@ -1,13 +1,13 @@
 """Decode steps of a real SGLang: without precomputed metadata, with its own, and with ours inside its CUDA graphs.
 
     python -m bench sglang-decode                       # minutes; a Hopper GPU and an importable SGLang
-    python -m bench sglang-decode --model 70b --csv sglang.csv
+    python -m bench sglang-decode --model 70b --case "2k,lognormal" --csv sglang.csv
 
-Two models with random weights, in the shape of Llama-3.1-8B and of one of eight tensor-parallel ranks of Llama-3.1-70B
-without its all-reduces, in a process each. There, SGLang's attention backend and its CUDA graphs are made anew for each
-variant, twice; weights, KV cache, inputs and the graphs' memory pool are the same for all. They take turns, each of
-which starts from the same lengths, places in the KV cache and tokens; the cache is filled with random numbers instead
-of a prefill.
+Models with random weights, in a process each, in the shape of Llama-3.1-8B, gpt-oss-20b, and one tensor-parallel rank
+of Llama-3.1-70B, Gemma-3-27B and DeepSeek-V3, without all-reduces (MODELS says which). There, SGLang's attention
+backend and its CUDA graphs are made anew for each variant, twice; weights, KV cache, inputs and the graphs' memory pool
+are the same for all. They take turns, each of which starts from the same lengths, places in the KV cache and tokens;
+the cache is filled with random numbers instead of a prefill.
 
 Timed is `CudaGraphRunner.replay` as SGLang calls it: what it prepares, its precompute among that, and the replay of
 the graph. Device time: between events around it, with the GPU kept busy until all is queued. Host time: until it
@@ -40,7 +40,6 @@ VARIANTS = ("none", "sglang", "ours", "balanced")
 POLICIES = {"ours": "fa3", "balanced": "balanced"}
 CAPTURES = 2  # of each variant
 CONTEXT, POOL = 20480, 72_000  # tokens: of a sequence at most, and of the KV cache
-GRAPHS = [1, 4, 16, 32, 64]
 STEPS, ROUNDS, COMPARED = 6, 4, 3  # steps of a turn, turns, first steps whose logits are compared
 TOLERANCE = 0.1  # relative, of the norm, after many layers of random weights
 HEAD_START = 4e-3  # seconds that the host is given to queue a step
@@ -54,7 +53,40 @@ MODELS: dict[str, dict[str, Any]] = {
         "hidden_size": 8192, "intermediate_size": 3584, "num_hidden_layers": 80, "num_attention_heads": 8,
         "num_key_value_heads": 1, "vocab_size": 16032, "max_position_embeddings": CONTEXT,
     },
+    "gemma": {  # Gemma-3-27B, one rank of four: a window of 1,024 in five layers of six
+        "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text",
+        "hidden_size": 5376, "intermediate_size": 5376, "num_hidden_layers": 62, "num_attention_heads": 8,
+        "num_key_value_heads": 4, "vocab_size": 65552, "max_position_embeddings": CONTEXT,
+        "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 168, "sliding_window": 1024,
+        "layer_types": ["full_attention" if i % 6 == 5 else "sliding_attention" for i in range(62)],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+        },
+        "pad_token_id": 0,
+    },
+    "deepseek": {  # DeepSeek-V3, one rank of eight: MLA; all layers are as its first three, without experts
+        "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3",
+        "hidden_size": 7168, "intermediate_size": 2304, "num_hidden_layers": 61, "num_attention_heads": 16,
+        "num_key_value_heads": 16, "vocab_size": 16160, "max_position_embeddings": CONTEXT, "head_dim": 64,
+        "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+        "first_k_dense_replace": 61, "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2,
+        "n_group": 1, "topk_group": 1, "moe_intermediate_size": 256, "rope_theta": 10000,
+        "rope_scaling": {
+            "type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 4096,
+        },
+    },
+    "gpt-oss": {  # gpt-oss-20b: a window of 128 in every second layer, sinks
+        "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss",
+        "hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 24, "num_attention_heads": 64,
+        "num_key_value_heads": 8, "vocab_size": 201088, "max_position_embeddings": CONTEXT, "head_dim": 64,
+        "num_local_experts": 32, "num_experts_per_tok": 4, "sliding_window": 128, "attention_bias": True,
+        "layer_types": ["sliding_attention", "full_attention"] * 12, "pad_token_id": 0,
+    },
 }  # fmt: skip
+# what SGLang would choose for gpt-oss needs a package whose name a folder of this checkout has, too
+SERVER: dict[str, dict[str, Any]] = {"gpt-oss": {"moe_runner_backend": "triton"}}
 CASES: dict[str, tuple[int, ...]] = {
     "1 x 512": uniform(1, 512),
     "1 x 16k": uniform(1, 16384),
@@ -65,17 +97,22 @@ CASES: dict[str, tuple[int, ...]] = {
 }
 
 
+def named(case: str, parts: str) -> bool:
+    """Whether one of these parts, with commas between them, is in a case's name."""
+    return any(part in case for part in parts.split(","))
+
+
 # ---- in a model's process --------------------------------------------------------------------------------------------
 
 
 class Engine:
     """A loaded SGLang, the ways in which its steps have been captured, and the batch that it decodes."""
 
-    def __init__(self, folder: pathlib.Path, vocabulary: int) -> None:
+    def __init__(self, folder: pathlib.Path, model: str, graphs: list[int]) -> None:
         use("sglang")
-        more = {"max_total_tokens": POOL, "cuda_graph_bs": GRAPHS, "context_length": CONTEXT}
+        more = {"max_total_tokens": POOL, "cuda_graph_bs": graphs, "context_length": CONTEXT} | SERVER.get(model, {})
         self.runner = load(folder, mem_fraction_static=0.9, disable_cuda_graph=True, **more)
-        self.model, self.vocabulary = self.runner.torch_runner, vocabulary
+        self.model, self.vocabulary = self.runner.torch_runner, MODELS[model]["vocab_size"]
         self.model.server_args.disable_cuda_graph = False
         self.replays: list[float] = []  # microseconds
         self.times_device = False
@@ -149,8 +186,11 @@ class Engine:
 
         generator = torch.Generator("cuda").manual_seed(seed)
         pool = self.model.token_to_kv_pool
-        for cache in (*pool.k_buffer, *pool.v_buffer):
-            cache.normal_(generator=generator)
+        pools = [pool.full_kv_pool, pool.swa_kv_pool] if hasattr(pool, "swa_kv_pool") else [pool]
+        for one in pools:  # that of MLA has one buffer a layer
+            buffers = one.kv_buffer if hasattr(one, "kv_buffer") else (*one.k_buffer, *one.v_buffer)
+            for cache in buffers:
+                cache.normal_(generator=generator)
 
     def start(self, variant: str, capture: int, lengths: tuple[int, ...]) -> None:
         """Take up a batch, as if its prompts had been run, to be decoded in one of the ways."""
@@ -228,12 +268,12 @@ def measure(engine: Engine, lengths: tuple[int, ...]) -> tuple[Times, float]:
 
 
 def cases(model: str, part: str, folder: pathlib.Path) -> Iterator[tuple[str, Times, float]]:
-    """Name, times and error of each case whose name has `part` in it."""
+    """Name, times and error of each case that `part` names."""
     make_model(folder, MODELS[model])
-    engine = Engine(folder, MODELS[model]["vocab_size"])
-    for case, lengths in CASES.items():
-        if part in case:
-            yield (case, *measure(engine, lengths))
+    chosen = {case: lengths for case, lengths in CASES.items() if named(case, part)}
+    engine = Engine(folder, model, sorted({len(lengths) for lengths in chosen.values()}))
+    for case, lengths in chosen.items():
+        yield (case, *measure(engine, lengths))
 
 
 def serve(model: str, part: str, folder: pathlib.Path, parent: Connection) -> None:
@@ -264,14 +304,14 @@ def line(model: str, case: str, times: Times, error: float) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench sglang-decode", description="decode steps of a real SGLang")
-    parser.add_argument("--model", choices=MODELS, help="one of both")
-    parser.add_argument("--case", default="", help="cases whose name contains this")
+    parser.add_argument("--model", choices=MODELS, help="one of them")
+    parser.add_argument("--case", default="", help="cases whose name contains one of these: A,B,...")
     parser.add_argument("--csv", type=pathlib.Path, help="write all percentiles there")
     options = parser.parse_args(argv)
     if missing := why_not():
         print(f"sglang-decode needs a Hopper GPU and SGLang: {missing}", file=sys.stderr)
         return 2
-    if not any(options.case in case for case in CASES):
+    if not any(named(case, options.case) for case in CASES):
         print(f"sglang-decode: --case must be part of one of {', '.join(CASES)}, got {options.case!r}", file=sys.stderr)
         return 2
     print(gpu_facts())

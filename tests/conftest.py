@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import fcntl
+import gc
 import os
 import pathlib
 import tempfile
@@ -66,6 +67,7 @@ def _the_gpu_alone(request: pytest.FixtureRequest) -> Iterator[None]:
         try:
             yield
         finally:
+            gc.collect()
             torch.cuda.empty_cache()  # which other workers may need
             del os.environ[_LOCKED]
             fcntl.flock(gpu, fcntl.LOCK_UN)  # whoever has inherited the file

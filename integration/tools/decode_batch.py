@@ -14,12 +14,12 @@ from ..triton_kernels.builds import package_of
 
 @dataclass(frozen=True, eq=False)
 class DecodeBatch:
-    """b sequences that decode `max_seqlen_q` tokens each over a paged KV cache."""
+    """b sequences that decode `max_seqlen_q` tokens each over a KV cache, which is paged where it has a page table."""
 
     q: torch.Tensor  # [b, max_seqlen_q, h, d]
-    k_cache: torch.Tensor  # [pages, page_size, hk, d]
-    v_cache: torch.Tensor  # [pages, page_size, hk, dv]
-    page_table: torch.Tensor  # [b, pages a sequence], int32
+    k_cache: torch.Tensor  # [pages, page_size, hk, d]; not paged: [b, keys a sequence, hk, d]
+    v_cache: torch.Tensor  # the same of dv
+    page_table: torch.Tensor | None  # [b, pages a sequence], int32
     cache_seqlens: torch.Tensor  # [b], int32
     causal: bool = False
     window_size: tuple[int, int] = (-1, -1)
@@ -27,8 +27,9 @@ class DecodeBatch:
 
     @property
     def max_seqlen_k(self) -> int:
-        """What FA3 takes for the longest sequence: the width of the page table in tokens."""
-        return self.page_table.shape[1] * self.k_cache.shape[1]
+        """What FA3 takes for the longest sequence: the width of the page table in tokens, or that of the cache."""
+        pages = 1 if self.page_table is None else self.page_table.shape[1]
+        return pages * self.k_cache.shape[1]
 
     def problem_arguments(self) -> dict[str, Any]:
         """The arguments of `get_scheduler_metadata` that describe this batch."""
@@ -42,10 +43,15 @@ class DecodeBatch:
             "headdim_v": self.v_cache.shape[3],
             "cache_seqlens": self.cache_seqlens,
             "qkv_dtype": self.q.dtype,
-            "page_size": self.k_cache.shape[1],
+            "page_size": None if self.page_table is None else self.k_cache.shape[1],
             "causal": self.causal,
             "window_size": self.window_size,
         }
+
+
+def has_paged_kernels(build: str) -> bool:
+    """Whether `build` was compiled with paged KV; fa3-fwd, as it is published, was not, nor with sliding windows."""
+    return package_of(build) != "fa3-fwd"
 
 
 def kv_cache_bytes(lengths: list[int], num_heads_k: int, headdim: int, headdim_v: int, page_size: int) -> int:

@@ -44,7 +44,7 @@ from ..triton_kernels.problem import Problem
 from ..triton_kernels.reference import Lengths
 from .call_options import ENGINES, build_of
 from .cards import CARDS, find_card
-from .decode_batch import DecodeBatch, attend
+from .decode_batch import DecodeBatch, attend, has_paged_kernels
 from .lengths import in_words, parse_lengths
 from .models import WHOLE_MODELS, Layers, Model, read_config
 from .pictures import card_name
@@ -75,6 +75,11 @@ class Question:
     batch_invariant: bool
 
     @property
+    def paged(self) -> bool:
+        """Whether the KV cache is; where it is not, each sequence has the longest one's room."""
+        return has_paged_kernels(self.build)
+
+    @property
     def table_pages(self) -> int:
         """Pages of a page table: of the longest sequence, and, where batch invariance needs it, more than a window."""
         tokens = max(self.lengths)
@@ -87,7 +92,8 @@ class Question:
         return {
             "batch_size": len(self.lengths), "max_seqlen_q": 1, "max_seqlen_k": self.table_pages * self.page_size,
             "num_heads": model.num_heads, "num_heads_k": model.num_heads_k, "headdim": model.headdim,
-            "headdim_v": model.headdim_v, "qkv_dtype": self.dtype, "page_size": self.page_size, "causal": True,
+            "headdim_v": model.headdim_v, "qkv_dtype": self.dtype, "causal": True,
+            "page_size": self.page_size if self.paged else None,
             "window_size": model.window_size, "attention_chunk": model.attention_chunk, "build": self.build,
         }  # fmt: skip
 
@@ -172,7 +178,7 @@ def simulated(question: Question, gpu: str | None, why: str) -> Answer:
 
 
 class RankLayers:
-    """The attention layers of one rank: queries, KV caches and page tables of random data.
+    """The attention layers of one rank: queries, KV caches and page tables, if they are paged, of random data.
 
     Layers have pages of their own where `memory` bytes hold them all; else they take turns in as many as these hold.
     """
@@ -181,7 +187,7 @@ class RankLayers:
         self.question, self.device = question, device
         self.lengths = torch.tensor(question.lengths, dtype=torch.int32, device=device)
         page = question.page_size
-        counts = [max(1, -(-one // page)) for one in question.lengths]
+        counts = [max(1, -(-one // page)) if question.paged else question.table_pages for one in question.lengths]
         self.pages = sum(counts)
         place = torch.zeros(len(counts), question.table_pages, dtype=torch.int64)
         for row, end, count in zip(place, np.cumsum(counts).tolist(), counts, strict=True):
@@ -206,9 +212,12 @@ class RankLayers:
         tables = [order[region][self._place] for region in range(regions)]
         batch = len(q.lengths)
         for layer in range(count):
+            region = layer % regions
+            own = slice(region * self.pages, (region + 1) * self.pages)
+            k_cache, v_cache = caches if q.paged else (one[own].view(batch, -1, *one.shape[2:]) for one in caches)
             yield DecodeBatch(
-                q=self._random(batch, 1, model.num_heads, model.headdim), k_cache=caches[0], v_cache=caches[1],
-                page_table=tables[layer % regions], cache_seqlens=self.lengths, causal=True,
+                q=self._random(batch, 1, model.num_heads, model.headdim), k_cache=k_cache, v_cache=v_cache,
+                page_table=tables[region] if q.paged else None, cache_seqlens=self.lengths, causal=True,
                 window_size=model.window_size,
                 qv=self._random(batch, 1, model.num_heads, 512) if model.headdim_v == 512 else None,
             )  # fmt: skip
@@ -477,7 +486,8 @@ def as_json(question: Question, build: DetectedBuild, answer: Answer) -> dict[st
     """The answer in JSON's types. Times in us."""
     return {
         "simulated": answer.simulated, "where": answer.where, "build": {"name": build.build, "reason": build.reason},
-        "model": question.layers.name, "engine": question.engine, "page_size": question.page_size,
+        "model": question.layers.name, "engine": question.engine,
+        "page_size": question.page_size if question.paged else None,
         "qkv_dtype": str(question.dtype).removeprefix("torch."), "lengths": list(question.lengths),
         "times_us": answer.times, "layers": answer.counts, "apart": answer.apart, "checked": answer.checked,
         "left_out": answer.left_out,
@@ -508,6 +518,8 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> None:
     why = "as asked" if options.simulate or options.gpu else why_not(question.build)
     if why is None and any(model.attention_chunk for model, _ in question.layers.kinds):
         why = "layers with chunks are not built here"
+    if why is None and not question.paged and any(model.words != "full" for model, _ in question.layers.kinds):
+        why = f"{question.build} was compiled without windows"
     if why is not None:
         answer = simulated(question, options.gpu, why)
     else:
@@ -534,7 +546,8 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> None:
         return
     say(f"{'simulated' if answer.simulated else 'measured':12s}{answer.where.removeprefix('simulated ')}")
     say(f"model       {title}, {str(question.dtype).removeprefix('torch.')}")
-    say(f"lengths     {in_words(question.lengths)}; pages of {question.page_size}")
+    pages = f"pages of {question.page_size}" if question.paged else "not paged"
+    say(f"lengths     {in_words(question.lengths)}; {pages}")
     say(f"build       {build.build}: {build.reason}")
     say("")
     for line in table(question, answer):

@@ -12,7 +12,7 @@ import torch
 
 from bench import decode_models, decode_step, sglang_decode
 from bench.decode_models import ATTENTION, WHOLE, Model
-from bench.sglang_decode import CASES, CONTEXT, GRAPHS, POOL, ROUNDS, STEPS, FailedError
+from bench.sglang_decode import CASES, CONTEXT, POOL, ROUNDS, STEPS, FailedError
 
 DEVICE = {name: [[us] * 3, [us + 4] * 3] for name, us in zip(
     decode_step.VARIANTS, (198.0, 158.0, 148.0, 98.0), strict=True)}  # fmt: skip
@@ -79,12 +79,11 @@ def test_without_a_gpu_one_line_says_so(command: Any, capsys: pytest.CaptureFixt
 # ---- SGLang ----------------------------------------------------------------------------------------------------------
 
 
-def test_cases_fit_the_cache_and_the_graphs() -> None:
+def test_cases_fit_the_cache() -> None:
     steps = 2 * (STEPS + 1)  # of a turn
     for lengths in CASES.values():
         assert sum(lengths) + steps * len(lengths) <= POOL
         assert max(lengths) + steps <= CONTEXT
-        assert len(lengths) in GRAPHS
 
 
 def test_logits_are_compared() -> None:

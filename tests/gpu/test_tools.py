@@ -25,6 +25,7 @@ def test_recording_waits_for_nothing(tmp_path: pathlib.Path) -> None:
     path = trace.start(tmp_path / "steps.trace")
     problem, tensors, rules = on_gpu([900, 5000])
     trace.record(problem, tensors, rules)  # pinned memory is there from now on
+    tensors.cache_seqlens.add_(0)  # a kernel's first launch loads it, which waits for the GPU
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:

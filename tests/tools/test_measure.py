@@ -70,6 +70,24 @@ def test_layers_share_pages_where_memory_is_short() -> None:
     assert len(layers.batches) == 3
 
 
+@pytest.mark.parametrize(("memory", "regions"), [(1 << 40, 3), (1, 1)])
+def test_a_build_without_paged_kernels_gets_caches_that_are_not_paged(
+    calls: list[dict[str, Any]], memory: int, regions: int
+) -> None:
+    whole = Layers("whole", ((Model(4, 2, 64), 3),))
+    asked = question(build="fa3-fwd-0.0.3", layers=whole, lengths=(1, 64, 65, 100))
+    assert asked.call(whole.kinds[0][0])["page_size"] is None
+    layers = RankLayers(asked, CPU, memory)
+    assert len({one.k_cache.data_ptr() for one in layers.batches}) == regions
+    for one in layers.batches:
+        assert one.page_table is None
+        assert one.k_cache.shape == one.v_cache.shape == (4, 128, 2, 64)
+        assert (one.max_seqlen_k, one.problem_arguments()["page_size"]) == (128, None)
+    outputs = measure.way_of(OURS, layers, [0, 1, 2]).run()
+    assert [tuple(one.shape) for one in outputs] == [(4, 1, 4, 64)] * 3
+    assert all(call["page_table"] is None for call in calls)
+
+
 @pytest.mark.parametrize("way", [ALONE, OURS, BALANCED, INVARIANT])
 def test_each_way_gives_the_layers_what_was_made_for_them(calls: list[dict[str, Any]], way: str) -> None:
     layers = RankLayers(question(), CPU, 1 << 40)
