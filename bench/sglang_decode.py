@@ -70,8 +70,8 @@ MODELS: dict[str, dict[str, Any]] = {
         "hidden_size": 7168, "intermediate_size": 2304, "num_hidden_layers": 61, "num_attention_heads": 16,
         "num_key_value_heads": 16, "vocab_size": 16160, "max_position_embeddings": CONTEXT, "head_dim": 64,
         "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
-        "first_k_dense_replace": 61, "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2,
-        "n_group": 1, "topk_group": 1, "moe_intermediate_size": 256, "rope_theta": 10000,
+        "first_k_dense_replace": 61, "moe_layer_freq": 1, "n_routed_experts": 8, "n_shared_experts": 1,
+        "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 256, "rope_theta": 10000,
         "rope_scaling": {
             "type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0,
             "original_max_position_embeddings": 4096,

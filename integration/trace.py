@@ -162,6 +162,12 @@ class Recorder:
             self._file.flush()
             self._flushed = now
 
+    def fail(self, error: Exception) -> None:
+        """End the recording with a warning that says why."""
+        with self._lock:
+            if not self._ended:
+                self._end(f"{type(error).__name__}: {error}")
+
     def stop(self) -> None:
         """Wait for the copies under way, and close the file."""
         with self._lock:
@@ -248,8 +254,19 @@ def replayed(batch_size: int | None = None, *, reading: Collection[tuple[int, in
     `batch_size`: that of the graph, where several were captured. `reading`: the address and the number of elements of
     each tensor that may be its lengths. None: whatever they are. SGLang's adapter calls it.
     """
-    if current is not None:
-        current.replayed(batch_size, reading)
+    with ends_where_this_fails():
+        if current is not None:
+            current.replayed(batch_size, reading)
+
+
+@contextlib.contextmanager
+def ends_where_this_fails() -> Iterator[None]:
+    """For what is done for a recording alone: an error in it ends the recording, and goes no further."""
+    try:
+        yield
+    except Exception as error:
+        if current is not None:
+            current.fail(error)
 
 
 def is_on() -> bool:

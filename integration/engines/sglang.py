@@ -59,7 +59,8 @@ class Attached:
         ours: dict[str, Callable[..., Any]] = {"init_forward_metadata": self._init_forward_metadata}
         ours |= {name: self._steps.of_layer(getattr(backend, name)) for name in _LAYERS}
         self._replays = Replays(backend)
-        ours |= {name: self._replays.of_prepare(getattr(backend, name)) for name in PREPARES if hasattr(backend, name)}
+        prepares = {name: getattr(backend, name) for name in PREPARES if hasattr(backend, name)}
+        ours |= {name: self._replays.of_prepare(name, prepare) for name, prepare in prepares.items()}
         if names.maker_keywords:
             ours[_MAKER] = self._make_or_leave
         self._ours = ours

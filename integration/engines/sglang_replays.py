@@ -9,36 +9,41 @@ import torch
 
 from .. import trace
 
-# What a backend is asked before each replay, in 0.5.7 to 0.5.23; the second also before a capture.
-PREPARES = ("init_forward_metadata_replay_cuda_graph", "init_forward_metadata_out_graph")
+# What a backend is asked before each replay. Until 0.5.12, (bs, req_pool_indices, seq_lens, ...): the lengths are
+# complete then, and lie in a buffer that the next batch is written to before it is asked again. From 0.5.13 on,
+# (forward_batch, in_capture=False), before a capture too: the lengths lie in a buffer of the backend's own, and some
+# are written within the graph, so that they are complete when it is asked again.
+_UNTIL_0_5_12, _SINCE_0_5_13 = "init_forward_metadata_replay_cuda_graph", "init_forward_metadata_out_graph"
+PREPARES = (_UNTIL_0_5_12, _SINCE_0_5_13)
 Place = tuple[int, int]  # the address of a tensor, and its elements
 
 
 class Replays:
-    """The replays of one backend. A replay is told of when the next batch is prepared.
-
-    Its lengths are complete only then: newer versions write them within the graph. And they are there still, since a
-    graph reads them from a buffer of its own.
-    """
+    """The replays of one backend. One that has been prepared is told of as soon as its lengths are complete."""
 
     def __init__(self, backend: Any) -> None:
         self.backend = backend
         self._read: frozenset[Place] = frozenset()  # by the graph that is replayed next
 
     def tell(self) -> None:
-        """Of the replay that was prepared last, if there is one. To be called before lengths are written again."""
+        """Of the replay that was prepared last, if it has not been told of. To be called before it is overwritten."""
         if self._read and trace.current is not None:
             trace.replayed(reading=self._read)
         self._read = frozenset()
 
-    def of_prepare(self, prepare: Callable[..., Any]) -> Callable[..., Any]:
-        """One of PREPARES."""
+    def of_prepare(self, name: str, prepare: Callable[..., Any]) -> Callable[..., Any]:
+        """The one of PREPARES that has this name."""
 
         def prepared(*args: Any, **kwargs: Any) -> Any:
             self.tell()
             answer = prepare(*args, **kwargs)
-            if trace.current is not None and kwargs.get("in_capture", args[1:2] == (True,)) is not True:
-                self._read = frozenset(self._places())
+            if trace.current is None:
+                return answer
+            with trace.ends_where_this_fails():
+                if name == _UNTIL_0_5_12 or not _in_capture(*args, **kwargs):
+                    self._read = frozenset(self._places())
+            if name == _UNTIL_0_5_12:
+                self.tell()
             return answer
 
         return prepared
@@ -48,3 +53,7 @@ class Replays:
         held = [one for name, one in vars(self.backend).items() if name.startswith("forward_metadata")]
         some = [one for metadata in held for one in getattr(metadata, "__dict__", {}).values()]
         return [(one.data_ptr(), one.numel()) for one in some if isinstance(one, torch.Tensor) and one.dim() == 1]
+
+
+def _in_capture(forward_batch: Any = None, in_capture: bool = False, **_: Any) -> bool:
+    return in_capture

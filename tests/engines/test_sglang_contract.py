@@ -269,14 +269,21 @@ def test_published_wheel(version: str) -> None:
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_its_backends_are_asked_before_replays(version: str) -> None:
-    """By one of the methods that a recording leans on."""
+    """By one of the methods that a recording leans on, which says at one place whether it is a capture."""
     if (wheel := published_wheel("sglang", version)) is None:
         pytest.skip(why_no_wheel("sglang", version))
     with zipfile.ZipFile(wheel) as archive:
         for names in layouts_of(version):
             backend = _child(_parse(archive, names.module), names.backend)
-            methods = {node.name for node in backend.body if isinstance(node, ast.FunctionDef)}
-            assert methods & set(PREPARES), names.backend
+            methods = {node.name: node.args for node in backend.body if isinstance(node, ast.FunctionDef)}
+            found = [name for name in PREPARES if name in methods]
+            assert found, names.backend
+            for name in found:
+                parameters = [one.arg for one in methods[name].args]
+                if name == PREPARES[0]:
+                    assert "in_capture" not in parameters, names.backend
+                else:
+                    assert parameters == ["self", "forward_batch", "in_capture"], names.backend
 
 
 @pytest.mark.parametrize("version", VERSIONS)
