@@ -100,8 +100,8 @@ def test_the_readmes_layers_with_windows_and_mla() -> None:
 class SGLangSteps:
     """What `bench sglang-decode` found on a card."""
 
-    def __init__(self, folder: pathlib.Path) -> None:
-        self.times = medians(folder / "sglang-decode.csv", "model", "case", "variant", "metric")
+    def __init__(self, folder: pathlib.Path, name: str = "sglang-decode.csv") -> None:
+        self.times = medians(folder / name, "model", "case", "variant", "metric")
         self.cases = list(dict.fromkeys(key[:2] for key in self.times))
 
     def gains(self, over: str, way: str, model: str = "") -> list[float]:
@@ -153,6 +153,20 @@ def test_a_whole_sglang() -> None:
         cells = [f"{gain(h100.times[(*case, 'none', 'device')], h100.times[(*case, way, 'device')]):.1f} %"
                  for way in ("sglang", "ours", "balanced")]  # fmt: skip
         has(H100_PAGE, f"| {case[1]} | {' | '.join(cells)} | {h100.apart(case):.1f} % |")
+
+
+def test_a_whole_sglang_with_windows() -> None:
+    steps = SGLangSteps(H100, "sglang-decode-gemma.csv")
+    theirs, ours, balanced = (
+        [f"{one:.1f}" for one in steps.gains("none", way)] for way in ("sglang", "ours", "balanced")
+    )
+    assert set(theirs) == {"0.0"}
+    apart = [f"{steps.apart(case):.1f}" for case in steps.cases]
+    has(README, f'SGLang 0.5.11, H100, +{" and ".join(ours)} % (0.0), "balanced" +{" and ".join(balanced)} %')
+    has(BENCHMARKS, f'ours +{" and +".join(ours)} % in two batches, "balanced" +{" and +".join(balanced)} %')
+    has(BENCHMARKS, f'"Apart" is {" and ".join(apart)} %')
+    for case, *cells in zip(steps.cases, theirs, ours, balanced, apart, strict=True):
+        has(H100_PAGE, f"| {case[1]} | {' % | '.join(cells)} % |")
 
 
 def test_a_whole_vllm() -> None:
@@ -210,6 +224,7 @@ def test_schedules(named: str, workload: str, heads: str) -> None:
 
 SUITES = [  # what the page calls it, file, folder, and that of the times that are of another model
     ("46 named, up to 992 sequences | H100", "schedules.txt", H100),
+    ("the same, on 114 of its SMs | H100", "schedules-114-sms.txt", H100),
     ("the same, on 78 of its SMs | H100", "schedules-78-sms.txt", H100),
     ("40 drawn at random, never looked at | H100", "schedules-random.txt", H100),
     ("46 named, an earlier cost model, 2026-11-24 | H200", "schedules.txt", H200),
