@@ -26,6 +26,7 @@ from ..triton_kernels.builds import rules_for
 from ..triton_kernels.problem import MAX_HEADDIM, POLICIES, checked_choice
 from .source_facts import installed_facts
 from .vllm_forward import with_metadata, with_steps
+from .vllm_groups import BUILD_ALL, RUNNER, built_together, once
 from .vllm_in_place import BUFFER, built_in_buffer, kept_in_buffer, made_in_buffer
 from .vllm_names import (
     CONTEXT,
@@ -93,12 +94,19 @@ def get_scheduler_metadata(
     if attached is not None:
         attached._called()
     build, policy = (vllm_build(), "fa3") if attached is None else (attached.build, attached.policy)
-    return api.get_scheduler_metadata(
-        batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim, cache_seqlens, qkv_dtype,
-        headdim_v, cu_seqlens_q, None, cu_seqlens_k_new, None, cache_leftpad, page_size, max_seqlen_k_new, causal,
-        window_size, 0, has_softcap, num_splits, pack_gqa, sm_margin,
-        build=build, out=BUFFER.get() if out is None else out, policy=policy, forward_is_told=False,
+    out = BUFFER.get() if out is None else out
+    tensors = cache_seqlens, cu_seqlens_q, cu_seqlens_k_new, cache_leftpad
+    values = (
+        batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim, qkv_dtype, headdim_v, page_size,
+        max_seqlen_k_new, causal, window_size, has_softcap, num_splits, pack_gqa, sm_margin,
     )  # fmt: skip
+    make = functools.partial(
+        api.get_scheduler_metadata, batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim,
+        cache_seqlens, qkv_dtype, headdim_v, cu_seqlens_q, None, cu_seqlens_k_new, None, cache_leftpad, page_size,
+        max_seqlen_k_new, causal, window_size, 0, has_softcap, num_splits, pack_gqa, sm_margin,
+        build=build, out=out, policy=policy, forward_is_told=False,
+    )  # fmt: skip
+    return once(make, out, tensors, values)
 
 
 def vllm_build() -> str:
@@ -215,6 +223,7 @@ class Attached:
     def __init__(self, build: str, in_place: bool, policy: str = "fa3") -> None:
         self.build, self.in_place, self.policy, self.used = build, in_place, policy, False
         self._wraps: _Wraps = {}  # of builders not changed yet
+        self._groups_apart = True  # vLLM's way to build all groups has not been changed yet
         self._replaced: list[_Replaced] = []
         self._methods: list[tuple[type, str, Any, Any]] = []  # class, name, vLLM's, ours
 
@@ -256,14 +265,20 @@ class Attached:
         if not self.used:
             self.used = True
             _log.info("fa3_metadata is asked for scheduler metadata the first time")
-        if self._wraps:
+        if self._wraps or self._groups_apart:
             self.catch_up()
 
     def catch_up(self) -> None:
-        """Change the builders of the modules that have been imported meanwhile."""
-        if not any(module in sys.modules for module in tuple(self._wraps)):
+        """Change what is to be changed in modules that have been imported meanwhile."""
+        waiting = (*self._wraps, RUNNER) if self._groups_apart else tuple(self._wraps)
+        if not any(module in sys.modules for module in waiting):
             return
         with _lock:
+            # Not every version has it, and nothing but time is lost without.
+            if self._groups_apart and (build_all := getattr(sys.modules.get(RUNNER), BUILD_ALL, None)) is not None:
+                self._groups_apart = False
+                self._replaced.append(_Replaced(BUILD_ALL, build_all, built_together(build_all)))
+                self._replaced[-1].put()
             for module, (name, methods) in list(self._wraps.items()):
                 if (builder := getattr(sys.modules.get(module), name, None)) is None:
                     continue

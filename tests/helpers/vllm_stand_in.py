@@ -240,10 +240,15 @@ def set_forward_context(attn_metadata, vllm_config=None, **more):
     yield attn_metadata
 """,
     "v1/runner.py": "from vllm.forward_context import set_forward_context\n",
+    "v1/worker/gpu/attn_utils.py": """
+def build_attn_metadata(builders, batch, fast_build=False):
+    return [builder.build(0, batch, fast_build=fast_build) for builder in builders]
+""",
+    "v1/worker/gpu/model_states.py": "from vllm.v1.worker.gpu.attn_utils import build_attn_metadata\n",
     "platforms.py": "is_cuda = True\nfa_version = 3\n",
     **dict.fromkeys(
         ("__init__.py", "v1/__init__.py", "v1/attention/__init__.py", "v1/attention/backends/__init__.py",
-         "v1/attention/backends/mla/__init__.py"), ""),
+         "v1/attention/backends/mla/__init__.py", "v1/worker/__init__.py", "v1/worker/gpu/__init__.py"), ""),
 }  # fmt: skip
 
 

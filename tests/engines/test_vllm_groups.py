@@ -1,0 +1,155 @@
+"""vLLM's groups of layers of one kind, whose builders are asked one after another: their metadata is made once."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterator
+from importlib import import_module
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from fa3_metadata import api
+from fa3_metadata.engines import vllm as adapter
+from fa3_metadata.engines.vllm_groups import BUILD_ALL, RUNNER
+
+from ..helpers.vllm_stand_in import BUILD, OLDER, check, expected, gqa_builder, make_batch, stand_in
+
+WINDOW, FULL = (1023, 0), (-1, -1)
+KINDS = (WINDOW, FULL, WINDOW, WINDOW, FULL)
+
+
+@pytest.fixture(params=[BUILD, OLDER])
+def root(
+    request: pytest.FixtureRequest, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[pathlib.Path]:
+    with stand_in(tmp_path, monkeypatch, request.param) as folder:
+        yield folder
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """The windows of what is made."""
+    found = []
+    make = api.get_scheduler_metadata
+
+    def spied(*args: Any, **kwargs: Any) -> torch.Tensor:
+        found.append(args[17])
+        return make(*args, **kwargs)
+
+    monkeypatch.setattr(api, "get_scheduler_metadata", spied)
+    return found
+
+
+def builders_of(kinds: tuple[tuple[int, int], ...] = KINDS, **more: Any) -> list[Any]:
+    found = [gqa_builder(window=one, others=(WINDOW, FULL), **more) for one in kinds]
+    for builder, batch in ((one, make_batch([5])) for one in found):
+        builder.build(0, batch)  # where vLLM turns metadata off, and we turn it on again
+    return found
+
+
+def built(builders: list[Any], batch: SimpleNamespace, module: str = "vllm.v1.worker.gpu.model_states") -> list[Any]:
+    return [one.scheduler_metadata for one in getattr(import_module(module), BUILD_ALL)(builders, batch)]
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("policy", ["fa3", "balanced"])
+def test_each_kind_is_made_once(
+    root: pathlib.Path, asked: list[tuple[int, int]], graphs: bool, in_place: bool, policy: str
+) -> None:
+    import_module(adapter.GQA)
+    import_module(RUNNER)
+    adapter.attach(in_place, policy)
+    builders = builders_of(graphs=graphs)
+    batch = make_batch([5, 9000, 4096, 700, 700])
+    for more in (0, 64, -300):  # written to the same tensor before the next step
+        batch.lengths.add_(more).clamp_(min=0)
+        asked.clear()
+        made = built(builders, batch)
+        assert asked == [WINDOW, FULL]
+        told = {"policy": policy, "forward_is_told": False}
+        for builder, window, one in zip(builders, KINDS, made, strict=True):
+            check(one, expected(batch, 32 if graphs else 0, window_size=window, **told), batch.size)
+            if graphs:
+                assert one.data_ptr() == builder.scheduler_metadata.data_ptr()
+                assert not builder.scheduler_metadata[one.numel() :].any()
+        asked.clear()
+
+
+def test_what_differs_is_made_anew(root: pathlib.Path, asked: list[tuple[int, int]]) -> None:
+    import_module(adapter.GQA)
+    import_module(RUNNER)
+    adapter.attach()
+    same = (WINDOW, WINDOW)
+    batch = make_batch([5, 9000, 300])
+    for builders in (
+        [*builders_of(same, graphs=True), *builders_of(same, graphs=True, splits=8)],
+        [*builders_of(same), *builders_of(same, heads=(16, 8))],
+        [*builders_of(same), *builders_of(same, headdim=64)],
+    ):
+        asked.clear()
+        built(builders, batch)
+        assert len(asked) == 2
+    first, second = builders_of(same)
+    asked.clear()
+    other = SimpleNamespace(**(vars(batch) | {"lengths": batch.lengths.clone()}))
+    import_module(RUNNER).build_attn_metadata(
+        [first, SimpleNamespace(build=lambda *_, **__: second.build(0, other))], batch
+    )
+    assert len(asked) == 2, "other lengths, however alike"
+    for _ in range(2):
+        first.build(0, batch)
+    assert len(asked) == 4, "outside of vLLM's call nothing is known to stay"
+
+
+def test_a_buffer_that_is_written_again_is_not_copied_from(root: pathlib.Path) -> None:
+    import_module(adapter.GQA)
+    import_module(RUNNER)
+    adapter.attach(in_place=True)
+    first, second = builders_of((WINDOW, WINDOW), graphs=True)
+    batch, other = make_batch([5, 9000, 300]), make_batch([70, 80])
+
+    def twice(prefix: int, of: SimpleNamespace, **more: Any) -> Any:
+        first.build(prefix, of, **more)
+        return first.build(prefix, other, **more)
+
+    made = built([SimpleNamespace(build=twice), second], batch)
+    check(made[0], expected(other, 32, window_size=WINDOW), other.size)
+    check(made[1], expected(batch, 32, window_size=WINDOW), batch.size)
+
+
+def test_vllms_own_function_is_put_back(root: pathlib.Path, asked: list[tuple[int, int]]) -> None:
+    import_module(adapter.GQA)
+    early = import_module("vllm.v1.worker.gpu.model_states")
+    own = getattr(early, BUILD_ALL)
+    attached = adapter.attach()
+    assert getattr(early, BUILD_ALL) is getattr(import_module(RUNNER), BUILD_ALL) is not own
+    attached.detach()
+    assert getattr(early, BUILD_ALL) is getattr(import_module(RUNNER), BUILD_ALL) is own
+
+
+def test_a_runner_imported_late_is_found(root: pathlib.Path, asked: list[tuple[int, int]]) -> None:
+    import_module(adapter.GQA)
+    adapter.attach()
+    builders = builders_of()
+    batch = make_batch([5, 9000, 300])
+    built(builders, batch)  # its own, from before the first question
+    asked.clear()
+    built(builders, batch)
+    assert asked == [WINDOW, FULL]
+
+
+def test_an_error_ends_what_is_shared(root: pathlib.Path, asked: list[tuple[int, int]]) -> None:
+    import_module(adapter.GQA)
+    import_module(RUNNER)
+    adapter.attach()
+    (builder,) = builders_of((WINDOW,))
+    batch = make_batch([5, 9000, 300])
+    with pytest.raises(AttributeError):
+        built([builder, None], batch)
+    asked.clear()
+    builder.build(0, batch)
+    builder.build(0, batch)
+    assert len(asked) == 2
