@@ -1033,6 +1033,56 @@ ENGINES = (
         "what a longer batch has left behind would be read by a captured graph",
         ("tests/engines/test_vllm_adapter.py::test_in_place_leaves_the_buffer_as_vllm_does",),
     ),
+    Mutation(
+        "vllm-groups-beyond-a-call",
+        "integration/engines/vllm_groups.py",
+        "_MADE.reset(token)",
+        "pass",
+        "what was made of lengths that have been written since is handed out",
+        ("tests/engines/test_vllm_groups.py",),
+    ),
+    Mutation(
+        "vllm-groups-other-lengths",
+        "integration/engines/vllm_groups.py",
+        "key = (*map(id, tensors), *map(type, values), *values)",
+        "key = (*map(type, values), *values)",
+        "a group gets the metadata of other lengths",
+        ("tests/engines/test_vllm_groups.py",),
+    ),
+    Mutation(
+        "vllm-groups-overwritten",
+        "integration/engines/vllm_groups.py",
+        "del made[other]  # which was in this buffer",
+        "pass",
+        "a buffer that has been written again is copied from",
+        ("tests/engines/test_vllm_groups.py",),
+    ),
+    Mutation(
+        "sglang-replays-too-late",
+        "integration/engines/sglang_replays.py",
+        """            if name == _UNTIL_0_5_12:
+                self.tell()""",
+        "            pass",
+        "the lengths of the next batch are recorded for those of this one",
+        ("tests/engines/test_sglang_replays.py",),
+    ),
+    Mutation(
+        "sglang-replays-of-captures",
+        "integration/engines/sglang_replays.py",
+        "if name == _UNTIL_0_5_12 or not _in_capture(*args, **kwargs):",
+        "if True:",
+        "a capture is recorded as a step",
+        ("tests/engines/test_sglang_replays.py",),
+    ),
+    Mutation(
+        "trace-reaches-the-engine",
+        "integration/trace.py",
+        """        if current is not None:
+            current.fail(error)""",
+        "        raise",
+        "an error of a recording stops the engine",
+        ("tests/engines/test_sglang_replays.py",),
+    ),
 )
 
 _AGAIN = "tests/calls/test_schedules_again.py"

@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 from fa3_metadata.engines import vllm as adapter
 from fa3_metadata.engines.source_facts import missing_facts, module_files, source_facts
+from fa3_metadata.engines.vllm_groups import BUILD_ALL, RUNNER
 from fa3_metadata.engines.vllm_names import CASCADE, LAYOUTS, MLA_SPARSE, PACKAGE, Facts, layout_of
 from fa3_metadata.engines.vllm_reach import NONE, OURS, SITES, THEIRS, coverage_table, reach
 from fa3_metadata.installed import BUILD_VARIABLE
@@ -241,6 +242,9 @@ def test_wheels(monkeypatch: pytest.MonkeyPatch) -> None:
         if adapter.why_not(record["facts"].get, f"vllm-{wheel.version}")[1] is None:
             assert broken(record["facts"]) == [], wheel.version
             assert sorted(record["importers"]) == sorted(IMPORTERS), wheel.version
+            runner = wheel.source(RUNNER) or ""  # which gives all groups the same lengths
+            assert f"def {BUILD_ALL}(" in runner, wheel.version
+            assert "seq_lens=seq_lens" in runner, wheel.version
             for in_place in (False, True):
                 run_builders(wheel, record, in_place, monkeypatch)
         if wheel.version in recorded():
