@@ -1077,9 +1077,8 @@ ENGINES = (
     Mutation(
         "trace-reaches-the-engine",
         "integration/trace.py",
-        """        if current is not None:
-            current.fail(error)""",
-        "        raise",
+        "            current.fail(error)",
+        "            raise",
         "an error of a recording stops the engine",
         ("tests/engines/test_sglang_replays.py",),
     ),

@@ -85,8 +85,9 @@ MODELS: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"] * 12, "pad_token_id": 0,
     },
 }  # fmt: skip
-# what SGLang would choose for gpt-oss needs a package whose name a folder of this checkout has, too
-SERVER: dict[str, dict[str, Any]] = {"gpt-oss": {"moe_runner_backend": "triton"}}
+# SGLang would take this checkout's folder triton_kernels for the package of experts. And the cache of layers with a
+# window must hold whole contexts, too, as nothing is evicted here.
+SERVER: dict[str, dict[str, Any]] = {"gpt-oss": {"moe_runner_backend": "triton", "swa_full_tokens_ratio": 1.0}}
 CASES: dict[str, tuple[int, ...]] = {
     "1 x 512": uniform(1, 512),
     "1 x 16k": uniform(1, 16384),

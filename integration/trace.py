@@ -183,8 +183,9 @@ class Recorder:
             self._close()
 
     def _end(self, reason: str) -> None:
-        warnings.warn(f"the recording to {self.path} has ended: {reason}", stacklevel=4)
         self._close()
+        with contextlib.suppress(Warning):  # which -W error makes an exception
+            warnings.warn(f"the recording to {self.path} has ended: {reason}", stacklevel=4)
 
     def _close(self) -> None:
         self._ended = True
@@ -254,18 +255,10 @@ def replayed(batch_size: int | None = None, *, reading: Collection[tuple[int, in
     `batch_size`: that of the graph, where several were captured. `reading`: the address and the number of elements of
     each tensor that may be its lengths. None: whatever they are. SGLang's adapter calls it.
     """
-    with ends_where_this_fails():
-        if current is not None:
+    if current is not None:
+        try:
             current.replayed(batch_size, reading)
-
-
-@contextlib.contextmanager
-def ends_where_this_fails() -> Iterator[None]:
-    """For what is done for a recording alone: an error in it ends the recording, and goes no further."""
-    try:
-        yield
-    except Exception as error:
-        if current is not None:
+        except Exception as error:  # the engine must go on
             current.fail(error)
 
 

@@ -95,18 +95,21 @@ def get_scheduler_metadata(
         attached._called()
     build, policy = (vllm_build(), "fa3") if attached is None else (attached.build, attached.policy)
     out = BUFFER.get() if out is None else out
-    tensors = cache_seqlens, cu_seqlens_q, cu_seqlens_k_new, cache_leftpad
-    values = (
+    lengths = cache_seqlens, cu_seqlens_q, cu_seqlens_k_new, cache_leftpad
+    asked = (
         batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim, qkv_dtype, headdim_v, page_size,
         max_seqlen_k_new, causal, window_size, has_softcap, num_splits, pack_gqa, sm_margin,
     )  # fmt: skip
-    make = functools.partial(
-        api.get_scheduler_metadata, batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim,
-        cache_seqlens, qkv_dtype, headdim_v, cu_seqlens_q, None, cu_seqlens_k_new, None, cache_leftpad, page_size,
-        max_seqlen_k_new, causal, window_size, 0, has_softcap, num_splits, pack_gqa, sm_margin,
-        build=build, out=out, policy=policy, forward_is_told=False,
-    )  # fmt: skip
-    return once(make, out, tensors, values)
+
+    def make() -> torch.Tensor:
+        return api.get_scheduler_metadata(
+            batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim, cache_seqlens, qkv_dtype,
+            headdim_v, cu_seqlens_q, None, cu_seqlens_k_new, None, cache_leftpad, page_size, max_seqlen_k_new, causal,
+            window_size, 0, has_softcap, num_splits, pack_gqa, sm_margin,
+            build=build, out=out, policy=policy, forward_is_told=False,
+        )  # fmt: skip
+
+    return once(make, out, lengths, asked)
 
 
 def vllm_build() -> str:
@@ -274,7 +277,7 @@ class Attached:
         if not any(module in sys.modules for module in waiting):
             return
         with _lock:
-            # Not every version has it, and nothing but time is lost without.
+            # A version may lack it, and only time is lost without.
             if self._groups_apart and (build_all := getattr(sys.modules.get(RUNNER), BUILD_ALL, None)) is not None:
                 self._groups_apart = False
                 self._replaced.append(_Replaced(BUILD_ALL, build_all, built_together(build_all)))
@@ -309,6 +312,7 @@ class Attached:
 
     def _restore(self) -> None:
         self._wraps.clear()
+        self._groups_apart = False
         for builder, name, own, _ in self._methods:
             setattr(builder, name, own)
         for one in self._replaced:
@@ -337,7 +341,7 @@ def _modules_with(name: str, value: Any) -> list[str]:
 
 def _foreign(name: str, expected: Any) -> list[str]:
     """What the modules that must hold a function of vLLM's have under its name instead."""
-    where = (CONTEXT,) if name == ENTER else (FA_UTILS, GQA, MLA)
+    where = {ENTER: (CONTEXT,), BUILD_ALL: (RUNNER,)}.get(name, (FA_UTILS, GQA, MLA))
     bound = {module: vars(sys.modules[module]) for module in where if module in sys.modules}
     found = {module: names[name] for module, names in bound.items() if name in names}  # none while it is imported
     return [f"{module}.{name} is {one!r}" for module, one in found.items() if one is not expected]

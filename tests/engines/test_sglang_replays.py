@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -96,6 +97,18 @@ def test_every_replay_is_recorded_once_with_what_it_read(
         assert recorded() == [[300, 5], [1301, 1006], [40, 50, 60]]
     else:
         assert recorded() == [[300, 5], [301, 6], [40, 50, 60], [302, 7]]
+
+
+@pytest.mark.parametrize("part", ["local_attn_metadata", "swa_spec_metadata"])
+def test_lengths_of_chunks_and_of_windows(part: str, recorded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which SGLang keeps one level down."""
+    backend = backend_of(Sglang(monkeypatch, LAYOUTS[0].versions), PREPARES[0])
+    prepare_capture(backend, PREPARES[0], Batch([1, 1]))
+    inner = SimpleNamespace(cache_seqlens_int32=torch.tensor([70, 80], dtype=torch.int32))
+    setattr(backend.forward_metadata, part, inner)
+    captured(inner)
+    prepare(backend, PREPARES[0], Batch([300, 5]))
+    assert recorded() == [[70, 80]]
 
 
 def test_nothing_is_looked_at_while_nothing_records(prepares: str, monkeypatch: pytest.MonkeyPatch) -> None:

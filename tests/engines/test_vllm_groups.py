@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import pathlib
 from collections.abc import Iterator
 from importlib import import_module
@@ -12,7 +13,8 @@ import pytest
 import torch
 from fa3_metadata import api
 from fa3_metadata.engines import vllm as adapter
-from fa3_metadata.engines.vllm_groups import BUILD_ALL, RUNNER
+from fa3_metadata.engines.vllm_groups import BUILD_ALL, RUNNER, built_together
+from fa3_metadata.installed import BUILD_VARIABLE
 
 from ..helpers.vllm_stand_in import BUILD, OLDER, check, expected, gqa_builder, make_batch, stand_in
 
@@ -139,6 +141,59 @@ def test_a_runner_imported_late_is_found(root: pathlib.Path, asked: list[tuple[i
     asked.clear()
     built(builders, batch)
     assert asked == [WINDOW, FULL]
+
+
+def test_detach_is_for_good(root: pathlib.Path, asked: list[tuple[int, int]]) -> None:
+    """Whoever has kept our function that waits for modules changes nothing any more."""
+    import_module(adapter.GQA)
+    attached = adapter.attach()
+    attached.detach()
+    module = import_module(RUNNER)
+    own = getattr(module, BUILD_ALL)
+    attached.catch_up()
+    assert getattr(module, BUILD_ALL) is own
+
+
+def test_what_was_put_over_ours_stops_a_detach(root: pathlib.Path, asked: list[tuple[int, int]]) -> None:
+    import_module(adapter.GQA)
+    module = import_module(RUNNER)
+    attached = adapter.attach()
+    ours = getattr(module, BUILD_ALL)
+    setattr(module, BUILD_ALL, lambda *args: ours(*args))
+    with pytest.raises(RuntimeError, match=r"replaced again since.*\n.*build_attn_metadata"):
+        attached.detach()
+    setattr(module, BUILD_ALL, ours)
+    attached.detach()
+
+
+OTHER = {
+    "batch_size": 2, "max_seqlen_q": 2, "max_seqlen_k": 9216, "num_heads_q": 16, "num_heads_kv": 2, "headdim": 64,
+    "qkv_dtype": torch.float16, "headdim_v": 64, "page_size": 32, "max_seqlen_k_new": 1, "causal": False,
+    "window_size": WINDOW, "has_softcap": True, "num_splits": 3, "pack_gqa": False, "sm_margin": 2,
+    "cache_seqlens": torch.tensor([5, 9000, 300], dtype=torch.int32),
+    "cu_seqlens_q": torch.arange(4, dtype=torch.int32), "cu_seqlens_k_new": torch.arange(4, dtype=torch.int32),
+    "cache_leftpad": torch.zeros(3, dtype=torch.int32),
+}  # fmt: skip
+
+
+def test_every_argument_tells_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(BUILD_VARIABLE, BUILD)
+    made = []
+    monkeypatch.setattr(
+        api, "get_scheduler_metadata", lambda *_, **__: made.append(torch.zeros(9, dtype=torch.int32)) or made[-1]
+    )
+    call = {
+        "batch_size": 3, "max_seqlen_q": 1, "max_seqlen_k": 9000, "num_heads_q": 8, "num_heads_kv": 1, "headdim": 128,
+        "cache_seqlens": torch.tensor([5, 9000, 300], dtype=torch.int32), "causal": True,
+    }  # fmt: skip
+    assert set(OTHER) == set(inspect.signature(adapter.get_scheduler_metadata).parameters) - {"out"}
+
+    def ask(*_: Any) -> None:
+        for name in [None, *OTHER]:
+            adapter.get_scheduler_metadata(**call | ({} if name is None else {name: OTHER[name]}))
+
+    built_together(lambda: [ask(), ask()])()
+    assert len(made) == 1 + len(OTHER)
 
 
 def test_an_error_ends_what_is_shared(root: pathlib.Path, asked: list[tuple[int, int]]) -> None:

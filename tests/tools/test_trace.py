@@ -9,6 +9,7 @@ import pathlib
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -162,6 +163,17 @@ def test_a_failure_ends_the_recording_and_not_the_engine(tmp_path: pathlib.Path)
     trace.record(problem, tensors, rules)
     trace.stop()
     assert len(list(trace.read(tmp_path / "steps.trace"))) == 1
+
+
+def test_nor_where_warnings_are_errors(tmp_path: pathlib.Path) -> None:
+    path = trace.start(tmp_path / "steps.trace")
+    problem, tensors, rules = call([900])
+    trace.record(problem, tensors, rules)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trace.record(problem, tensors._replace(cache_seqlens=torch.empty(1, device="meta", dtype=torch.int32)), rules)
+    assert len(list(trace.read(path))) == 1, "it has been closed"
+    trace.stop()
 
 
 class FakeGPU:
