@@ -11,10 +11,13 @@ import torch
 from fa3_metadata import trace
 from fa3_metadata.arguments import LengthTensors
 from fa3_metadata.engines.sglang import LAYOUTS, attach
-from fa3_metadata.engines.sglang_replays import PREPARES
+from fa3_metadata.engines.sglang_replays import PREPARES, Replays
 
+from ..helpers.published import published_wheel, why_no_wheel
 from ..helpers.sglang_stand_in import Batch, Sglang
+from ..helpers.sglang_wheel_backend import WheelBackend
 from ..tools.test_trace import call
+from .test_sglang_contract import VERSIONS
 
 BUILD = "sglang-kernel-0.4.2"
 
@@ -162,3 +165,22 @@ def test_whatever_goes_wrong_ends_the_recording_alone(
     assert backend.forward_metadata.cache_seqlens_int32.tolist() == [302, 7]
     prepare(backend, prepares, Batch([303, 8]))
     assert recorded() == [[300, 5], [301, 6]][: 1 if prepares == PREPARES[1] else 2]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_replays_of_a_published_backend(version: str, recorded: Any) -> None:
+    if (wheel := published_wheel("sglang", version)) is None:
+        pytest.skip(why_no_wheel("sglang", version))
+    runner = WheelBackend(wheel)
+    replays = Replays(runner.backend)
+    for name in PREPARES:
+        if hasattr(type(runner.backend), name):
+            setattr(runner.backend, name, replays.of_prepare(name, getattr(runner.backend, name)))
+    for size in (3, 2):
+        runner.prepare_capture(size)
+        captured(runner.backend.forward_metadata)
+    steps = [[300, 5], [40, 50, 60], [301, 6], [302, 7], [41, 51, 61]]
+    for lengths in steps:
+        runner.prepare(lengths)
+    is_told_later = hasattr(type(runner.backend), PREPARES[1])
+    assert recorded() == (steps[:-1] if is_told_later else steps)
