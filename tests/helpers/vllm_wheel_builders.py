@@ -9,12 +9,15 @@ import functools
 import sys
 import types
 import typing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from fa3_metadata.engines import vllm as adapter
-from fa3_metadata.engines.vllm_names import GQA, GQA_BUILDER
+from fa3_metadata.engines.vllm_groups import BUILD_ALL, RUNNER
+from fa3_metadata.engines.vllm_names import GQA, GQA_BUILDER, NAME
 
 from .vllm_stand_in import check, expected
 
@@ -109,3 +112,57 @@ def check_builders(module: types.ModuleType, has_cascade: bool) -> None:
                 both = made.build(512, batch([600, 900]))
                 assert both.prefix_scheduler_metadata is not None
                 assert both.prefix_scheduler_metadata.data_ptr() != both.scheduler_metadata.data_ptr()
+
+
+def check_groups(runner: str, module: types.ModuleType, built_together: Callable[..., Any]) -> None:
+    """What the `build_attn_metadata` in the source `runner` makes for groups of layers with builders of `module`."""
+    functions = [
+        node for node in ast.parse(runner).body if isinstance(node, ast.FunctionDef) and node.name == BUILD_ALL
+    ]
+    names: dict[str, Any] = {
+        "CommonAttentionMetadata": lambda **given: SimpleNamespace(**(vars(batch([1])) | given)),
+        "MambaSpec": _Base, "torch": torch,
+    }  # fmt: skip
+    source = "from __future__ import annotations\n" + "\n".join(map(ast.unparse, functions))
+    exec(compile(source, RUNNER, "exec"), names)
+    build_all = built_together(names[BUILD_ALL])
+    kinds = (WINDOW, FULL, WINDOW, FULL, WINDOW)
+    for graphs in (False, True):
+        builders = [builder(module, (one, FULL if one == WINDOW else WINDOW), graphs) for one in kinds]
+        groups = [
+            SimpleNamespace(
+                layer_names=[f"layers.{i}"], kv_cache_spec=None, get_metadata_builder=lambda *_, one=one: one,
+                build_metadata=lambda common, *_, one=one, **more: one.build(0, common, **more),
+            )
+            for i, one in enumerate(builders)
+        ]  # fmt: skip
+        seq_lens, n = torch.zeros(16, dtype=torch.int32), 3
+        starts = torch.arange(n + 1, dtype=torch.int32)
+        for lengths in ([5, 900, 70], [6, 901, 71]):  # in a buffer, as a runner keeps them
+            seq_lens[:n] = torch.tensor(lengths, dtype=torch.int32)
+            with counted(adapter.api, NAME) as calls:
+                made = build_all(
+                    attn_groups=[[group] for group in groups], num_reqs=n, num_tokens=n, query_start_loc_gpu=starts,
+                    query_start_loc_cpu=starts, max_query_len=1, seq_lens=seq_lens, max_seq_len=max(lengths),
+                    block_tables=[None] * len(groups), slot_mappings=[None] * len(groups),
+                    kv_cache_config=SimpleNamespace(kv_cache_groups=groups),
+                )  # fmt: skip
+            assert len(calls) == 2, "groups of a kind share"
+            as_ours = SimpleNamespace(
+                size=n, starts=starts, max_query_len=1, lengths=seq_lens[:n], max_seq_len=max(lengths), causal=True
+            )
+            for i, (window, one) in enumerate(zip(kinds, builders, strict=True)):
+                metadata = made[f"layers.{i}"].scheduler_metadata
+                check(metadata, expected(as_ours, one.max_num_splits, window_size=window, **SHAPE), n)
+                assert not graphs or metadata.data_ptr() == one.scheduler_metadata.data_ptr()
+
+
+@contextmanager
+def counted(module: Any, name: str) -> Iterator[list[None]]:
+    """The calls of a module's function meanwhile."""
+    own, calls = getattr(module, name), list[None]()
+    setattr(module, name, lambda *args, **kwargs: calls.append(None) or own(*args, **kwargs))
+    try:
+        yield calls
+    finally:
+        setattr(module, name, own)
