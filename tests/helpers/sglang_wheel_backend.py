@@ -8,16 +8,20 @@ import dataclasses
 import sys
 import types
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
 _PATH = "sglang/srt/layers/attention/flashattention_backend.py"
-_MODULE = "sglang_backend_of_a_wheel"
+_MODULE = _PATH.removesuffix(".py").replace("/", ".")
+_ENVIRON = "sglang.srt.environ"
+_PACKAGES = tuple(_MODULE.rsplit(".", i)[0] for i in range(1, 5))
+HEADS, KV_HEADS, DIM, TOKENS = 8, 1, 128, 4096
 
 
 class _Anything:
@@ -63,6 +67,22 @@ class _Given(SimpleNamespace):
         return _Anything()
 
 
+class _Module(types.ModuleType):
+    """Whose names are those that its functions look up."""
+
+    def __init__(self, names: _Names) -> None:
+        super().__init__(_MODULE)
+        object.__setattr__(self, "_names", names)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in (names := object.__getattribute__(self, "_names")):
+            return names[name]
+        raise AttributeError(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._names[name] = value
+
+
 _DECODE = _Given(is_decode_or_idle=lambda: True, is_decode=lambda: True)
 
 
@@ -76,28 +96,51 @@ def _set_decode_metadata(cache_seqlens: torch.Tensor, *given: Any, **_: Any) -> 
 
 
 class WheelBackend:
-    """A backend, and the buffers of the runner that replays its graphs."""
+    """A backend, in a module of its own name, and the buffers of the runner that replays its graphs.
 
-    def __init__(self, wheel: Path) -> None:
+    `calls` are those of the forward, by name.
+    """
+
+    def __init__(self, wheel: Path, monkeypatch: pytest.MonkeyPatch, use_mla: bool = False) -> None:
         with zipfile.ZipFile(wheel) as archive:
-            tree = ast.parse(archive.read(_PATH))
+            source = archive.read(_PATH).decode()
+        tree = ast.parse(source)
         tree.body = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
         names = _Names(torch=torch, dataclass=dataclasses.dataclass, __name__=_MODULE, __builtins__=builtins)
-        sys.modules[_MODULE] = types.ModuleType(_MODULE)  # where dataclasses look for it
+        environ = types.ModuleType(_ENVIRON)
+        environ.envs = _Given(SGLANG_USE_SGL_FA3_KERNEL=_Given(get=lambda: True))  # type: ignore[attr-defined]
+        for name in _PACKAGES:
+            monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+        monkeypatch.setitem(sys.modules, _ENVIRON, environ)
+        monkeypatch.setitem(sys.modules, _MODULE, types.ModuleType(_MODULE))  # where dataclasses look for it
         exec(compile("from __future__ import annotations\n" + ast.unparse(tree), _PATH, "exec"), names)
+        monkeypatch.setitem(sys.modules, _MODULE, _Module(names))
+        self.calls: list[dict[str, Any]] = []
+        forward = _forward_for(self.calls)
         names["normal_decode_set_metadata"] = _set_decode_metadata
-
-        class Backend(names["FlashAttentionBackend"]):  # type: ignore[misc]
-            __getattr__ = _Given.__getattr__
-
-        self.backend = object.__new__(Backend)
+        names["paged_view"] = lambda cache, page_size: cache.unflatten(0, (-1, page_size))
+        names["flash_attn_with_kvcache"] = forward
+        if "flash_attn_with_kvcache_fa3" in source:
+            names["flash_attn_with_kvcache_fa3"] = forward
+        kind = names["FlashAttentionBackend"]
+        kind.__getattr__ = _of_backend
+        self.backend = object.__new__(kind)
+        self.pages = torch.arange(16 * TOKENS, dtype=torch.int32).view(16, TOKENS)
+        caches = (torch.zeros(TOKENS, 1, KV_HEADS, DIM, dtype=torch.bfloat16),) * 2
         vars(self.backend).update(
             decode_cuda_graph_metadata={}, target_verify_metadata={}, draft_extend_metadata={}, forward_metadata=None,
-            max_context_len=4096, device="cpu", req_to_token=torch.zeros(16, 4096, dtype=torch.int32), page_size=1,
-            topk=0, speculative_num_steps=0, speculative_num_draft_tokens=0, max_num_pages=4096,
-            attention_chunk_size=None, _get_scheduler_metadata=None, _sched_meta_buf=None,
+            max_context_len=TOKENS, device="cpu", req_to_token=self.pages, page_size=1, topk=0,
+            speculative_num_steps=0, speculative_num_draft_tokens=0, max_num_pages=TOKENS, attention_chunk_size=None,
+            fa_impl_ver=3, num_splits=0, decode_num_splits=0, head_dim=DIM, num_attention_heads=HEADS,
+            num_kv_heads=KV_HEADS, has_softcap=False, kv_cache_dtype=torch.bfloat16, kv_cache_dtype_str="auto",
+            use_mla=use_mla, req_to_token_pool=_Given(req_to_token=self.pages), token_to_kv_pool=_pool(),
+            prepare_paged_mha_query=lambda q, q_rope, k_rope, *_, **__: (q, q_rope, k_rope, None, None),  # not read
+            get_paged_mha_kv_cache=lambda *_, **__: caches,
         )  # fmt: skip
-        self.backend.init_cuda_graph_state(16, 16)
+        if "self.flash_attn_with_kvcache = " in source:
+            self.backend.flash_attn_with_kvcache = forward
+        if "self._get_scheduler_metadata = " in source:
+            self.backend._get_scheduler_metadata = _sglangs_own
         self.seq_lens, self.rows = torch.ones(16, dtype=torch.int32), torch.arange(16)
 
     def prepare_capture(self, size: int) -> None:
@@ -110,8 +153,7 @@ class WheelBackend:
 
     def prepare(self, lengths: list[int]) -> None:
         """The replay of a batch, which the runner writes to its buffers first."""
-        size = len(lengths)
-        self.seq_lens[:size] = torch.tensor(lengths, dtype=torch.int32)
+        size = self._write(lengths)
         if hasattr(type(self.backend), "init_forward_metadata_replay_cuda_graph"):
             self.backend.init_forward_metadata_replay_cuda_graph(
                 size, self.rows[:size], self.seq_lens[:size], sum(lengths), None, _DECODE, None,
@@ -120,10 +162,67 @@ class WheelBackend:
         else:
             self.backend.init_forward_metadata_out_graph(self._batch(size))
 
+    def run(self, lengths: list[int], windows: Sequence[int]) -> list[dict[str, Any]]:
+        """A decode batch, eagerly: the calls of its layers, of which each has a window, or -1."""
+        batch = self._batch(self._write(lengths))
+        self.backend.init_forward_metadata(batch)
+        self.calls.clear()
+        mla = self.backend.use_mla
+        q = torch.zeros(len(lengths), HEADS * (512 if mla else DIM), dtype=torch.bfloat16)
+        k = torch.zeros(len(lengths), KV_HEADS * DIM, dtype=torch.bfloat16)
+        ropes = {"q_rope": torch.zeros(len(lengths), HEADS * 64, dtype=torch.bfloat16), "k_rope": k} if mla else {}
+        for i, window in enumerate(windows):
+            layer = _Given(
+                layer_id=i, tp_q_head_num=HEADS, tp_k_head_num=KV_HEADS, tp_v_head_num=KV_HEADS, scaling=1.0,
+                head_dim=576 if mla else DIM, qk_head_dim=DIM, v_head_dim=512 if mla else DIM, logit_cap=0.0,
+                sliding_window_size=window, k_scale=None, v_scale=None,
+            )  # fmt: skip
+            self.backend.forward_decode(q, k, k, layer, batch, **ropes)
+        return list(self.calls)
+
+    def _write(self, lengths: list[int]) -> int:
+        self.seq_lens[: len(lengths)] = torch.tensor(lengths, dtype=torch.int32)
+        return len(lengths)
+
     def _batch(self, size: int) -> Any:
         lengths = self.seq_lens[:size]
         return _Given(
             batch_size=size, req_pool_indices=self.rows[:size], seq_lens=lengths, seq_lens_sum=int(lengths.sum()),
             seq_lens_cpu=lengths.clone(), positions=self.rows[:size], forward_mode=_DECODE, spec_info=None,
-            encoder_lens=None, out_cache_loc=None,
+            encoder_lens=None, out_cache_loc=self.rows[:size], token_to_kv_pool=_pool(), _attn_output=None,
+            req_to_token_pool=_Given(req_to_token=self.pages),
         )  # fmt: skip
+
+
+def _of_backend(backend: Any, name: str) -> Any:
+    if name in ("flash_attn_with_kvcache", "_get_scheduler_metadata") or name.startswith(("__", "_fa3")):
+        raise AttributeError(name)
+    return _Anything()
+
+
+def _pool() -> Any:
+    cache = torch.zeros(TOKENS, KV_HEADS, DIM, dtype=torch.bfloat16)
+    latent = torch.zeros(TOKENS, 1, 576, dtype=torch.bfloat16)
+    return _Given(get_kv_buffer=lambda _: (cache, cache), get_key_buffer=lambda _: latent)
+
+
+def _forward_for(calls: list[dict[str, Any]]) -> Any:
+    """sgl_kernel's forward, which notes what it was called with."""
+
+    def flash_attn_with_kvcache(
+        q, k_cache, v_cache, k=None, v=None, qv=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None,
+        cache_batch_idx=None, cache_leftpad=None, page_table=None, cu_seqlens_q=None, cu_seqlens_k_new=None,
+        max_seqlen_q=None, rotary_seqlens=None, q_descale=None, k_descale=None, v_descale=None, softmax_scale=None,
+        causal=False, window_size=(-1, -1), attention_chunk=None, softcap=0.0, rotary_interleaved=True,
+        scheduler_metadata=None, num_splits=0, pack_gqa=None, sm_margin=0, return_softmax_lse=False, sinks=None,
+        score_mod=None, aux_tensors=None, ver=3, out=None,
+    ):  # fmt: skip
+        calls.append(dict(locals()))
+        return q if qv is None else qv
+
+    return flash_attn_with_kvcache
+
+
+def _sglangs_own(**_: Any) -> torch.Tensor:
+    """What SGLang makes."""
+    return torch.full((9,), -1, dtype=torch.int32)
