@@ -15,7 +15,7 @@ from ..helpers.sglang_wheel_backend import DIM, HEADS, KV_HEADS, WheelBackend
 from .test_sglang_contract import VERSIONS
 
 BUILD = "sglang-kernel-0.4.2"
-LENGTHS = [300, 5, 4000]
+LENGTHS = [300, 45, 4000]
 
 
 @pytest.fixture(params=VERSIONS)
@@ -28,8 +28,8 @@ def wheel(request: pytest.FixtureRequest) -> pathlib.Path:
 def wanted(call: dict[str, Any], policy: str, **more: Any) -> torch.Tensor:
     """Ours for the arguments of a forward."""
     asked: dict[str, Any] = {
-        "batch_size": len(LENGTHS), "max_seqlen_q": 1, "max_seqlen_k": call["page_table"].shape[1], "num_heads": HEADS,
-        "num_heads_k": KV_HEADS, "headdim": DIM, "cache_seqlens": torch.tensor(LENGTHS, dtype=torch.int32),
+        "batch_size": len(LENGTHS), "max_seqlen_q": call["max_seqlen_q"], "max_seqlen_k": call["page_table"].shape[1],
+        "num_heads": HEADS, "num_heads_k": KV_HEADS, "headdim": DIM, "cache_seqlens": call["cache_seqlens"],
         "cu_seqlens_q": call["cu_seqlens_q"], "page_size": 1, "causal": True, "window_size": call["window_size"],
         "policy": policy,
     }  # fmt: skip
@@ -41,10 +41,12 @@ def test_layers_of_a_kind_share_ours(wheel: pathlib.Path, policy: str, monkeypat
     runner = WheelBackend(wheel, monkeypatch)
     attached = attach(runner.backend, BUILD, policy)
     windows = (-1, 127, -1, 127)
-    for _ in range(2):
-        calls = runner.run(LENGTHS, windows)
+    for mode, tokens, more in (("decode", 1, 0), ("verification", 4, 4), ("prefill", 40, 0), ("decode", 1, 0)):
+        calls = runner.run(LENGTHS, windows, mode, tokens)
         assert [call["window_size"][0] for call in calls] == list(windows)
         for call in calls:
+            assert call["max_seqlen_q"] == tokens
+            assert call["cache_seqlens"].tolist() == [one + more for one in LENGTHS]
             assert torch.equal(call["scheduler_metadata"], wanted(call, policy))
         for i in (0, 1):
             assert calls[i]["scheduler_metadata"] is calls[i + 2]["scheduler_metadata"]

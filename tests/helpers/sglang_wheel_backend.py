@@ -83,7 +83,17 @@ class _Module(types.ModuleType):
         self._names[name] = value
 
 
-_DECODE = _Given(is_decode_or_idle=lambda: True, is_decode=lambda: True)
+def _mode(*names: str) -> _Given:
+    """A ForwardMode of which these questions are answered by yes."""
+    return _Given(**dict.fromkeys(names, lambda *_, **__: True))
+
+
+_EXTENDS = ("is_extend", "is_extend_or_draft_extend_or_mixed")
+_DECODE = _mode("is_decode_or_idle", "is_decode")
+MODES = {
+    "decode": _DECODE, "verification": _mode("is_target_verify", *_EXTENDS),
+    "prefill": _mode("is_extend_without_speculative", *_EXTENDS),
+}  # fmt: skip
 
 
 def _set_decode_metadata(cache_seqlens: torch.Tensor, *given: Any, **_: Any) -> None:
@@ -130,7 +140,8 @@ class WheelBackend:
         vars(self.backend).update(
             decode_cuda_graph_metadata={}, target_verify_metadata={}, draft_extend_metadata={}, forward_metadata=None,
             max_context_len=TOKENS, device="cpu", req_to_token=self.pages, page_size=1, topk=0,
-            speculative_num_steps=0, speculative_num_draft_tokens=0, max_num_pages=TOKENS, attention_chunk_size=None,
+            speculative_num_steps=0, speculative_num_draft_tokens=0, skip_prefill=False, attn_cp_size=1,
+            max_num_pages=TOKENS, attention_chunk_size=None,
             fa_impl_ver=3, num_splits=0, decode_num_splits=0, head_dim=DIM, num_attention_heads=HEADS,
             num_kv_heads=KV_HEADS, has_softcap=False, kv_cache_dtype=torch.bfloat16, kv_cache_dtype_str="auto",
             use_mla=use_mla, req_to_token_pool=_Given(req_to_token=self.pages), token_to_kv_pool=_pool(),
@@ -162,22 +173,35 @@ class WheelBackend:
         else:
             self.backend.init_forward_metadata_out_graph(self._batch(size))
 
-    def run(self, lengths: list[int], windows: Sequence[int]) -> list[dict[str, Any]]:
-        """A decode batch, eagerly: the calls of its layers, of which each has a window, or -1."""
-        batch = self._batch(self._write(lengths))
-        self.backend.init_forward_metadata(batch)
+    def run(
+        self, lengths: list[int], windows: Sequence[int], mode: str = "decode", tokens: int = 1
+    ) -> list[dict[str, Any]]:  # fmt: skip
+        """A batch of so many tokens a sequence, eagerly: the calls of its layers, each with a window, or -1.
+
+        `lengths` are those of the sequences before, in a verification, and after, in a prefill.
+        """
+        size, backend, mla = self._write(lengths), self.backend, self.backend.use_mla
+        batch = self._batch(size)
+        batch.forward_mode = MODES[mode]
+        if mode == "verification":
+            backend.speculative_num_draft_tokens = tokens
+            batch.spec_info = _Given(draft_token_num=tokens, topk=1, ragged_verify_layout=None)
+        batch.extend_seq_lens = torch.full((size,), tokens, dtype=torch.int32)
+        batch.extend_seq_lens_cpu, batch.extend_prefix_lens = [tokens] * size, batch.seq_lens - tokens
+        batch.extend_prefix_lens_cpu = batch.extend_prefix_lens.tolist()
+        backend.init_forward_metadata(batch)
         self.calls.clear()
-        mla = self.backend.use_mla
-        q = torch.zeros(len(lengths), HEADS * (512 if mla else DIM), dtype=torch.bfloat16)
-        k = torch.zeros(len(lengths), KV_HEADS * DIM, dtype=torch.bfloat16)
-        ropes = {"q_rope": torch.zeros(len(lengths), HEADS * 64, dtype=torch.bfloat16), "k_rope": k} if mla else {}
+        q = torch.zeros(size * tokens, HEADS * (512 if mla else DIM), dtype=torch.bfloat16)
+        k = torch.zeros(size * tokens, KV_HEADS * DIM, dtype=torch.bfloat16)
+        ropes = {"q_rope": torch.zeros(size * tokens, HEADS * 64, dtype=torch.bfloat16), "k_rope": k} if mla else {}
         for i, window in enumerate(windows):
             layer = _Given(
                 layer_id=i, tp_q_head_num=HEADS, tp_k_head_num=KV_HEADS, tp_v_head_num=KV_HEADS, scaling=1.0,
                 head_dim=576 if mla else DIM, qk_head_dim=DIM, v_head_dim=512 if mla else DIM, logit_cap=0.0,
                 sliding_window_size=window, k_scale=None, v_scale=None,
             )  # fmt: skip
-            self.backend.forward_decode(q, k, k, layer, batch, **ropes)
+            attend = backend.forward_decode if mode == "decode" else backend.forward_extend
+            attend(q, k, k, layer, batch, **ropes)
         return list(self.calls)
 
     def _write(self, lengths: list[int]) -> int:
@@ -190,6 +214,7 @@ class WheelBackend:
             batch_size=size, req_pool_indices=self.rows[:size], seq_lens=lengths, seq_lens_sum=int(lengths.sum()),
             seq_lens_cpu=lengths.clone(), positions=self.rows[:size], forward_mode=_DECODE, spec_info=None,
             encoder_lens=None, out_cache_loc=self.rows[:size], token_to_kv_pool=_pool(), _attn_output=None,
+            attn_attend_prefix_cache=None,
             req_to_token_pool=_Given(req_to_token=self.pages),
         )  # fmt: skip
 
