@@ -16,20 +16,25 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
+import fa3_metadata
 import pytest
+import torch
 from fa3_metadata.engines import vllm as adapter
 from fa3_metadata.engines.source_facts import missing_facts, module_files, source_facts
+from fa3_metadata.engines.vllm_forward import with_metadata, with_steps
 from fa3_metadata.engines.vllm_groups import RUNNER, built_together
-from fa3_metadata.engines.vllm_names import CASCADE, LAYOUTS, MLA_SPARSE, PACKAGE, Facts, layout_of
+from fa3_metadata.engines.vllm_names import CASCADE, FORWARD, LAYOUTS, MLA_SPARSE, PACKAGE, Facts, layout_of
 from fa3_metadata.engines.vllm_reach import NONE, OURS, SITES, THEIRS, coverage_table, reach
 from fa3_metadata.installed import BUILD_VARIABLE
 from fa3_metadata.triton_kernels.builds import rules_for
 
 from ..helpers.vllm_wheel_builders import check_builders, check_groups, load
+from ..helpers.vllm_wheel_layers import DIM, HEADS, WheelLayers
 
 WHEELS_VARIABLE = "FA3_METADATA_WHEELS"
 RECORDED = pathlib.Path(__file__).parents[1] / "data" / "vllm_contract.json"
@@ -244,6 +249,7 @@ def test_wheels(monkeypatch: pytest.MonkeyPatch) -> None:
             assert sorted(record["importers"]) == sorted(IMPORTERS), wheel.version
             for in_place in (False, True):
                 run_builders(wheel, record, in_place, monkeypatch)
+            run_layers(wheel, monkeypatch)
         if wheel.version in recorded():
             assert record == recorded()[wheel.version], f"{wheel.version} is not what was recorded"
 
@@ -260,6 +266,29 @@ def run_builders(wheel: Wheel, record: dict[str, Any], in_place: bool, monkeypat
     attached.catch_up()
     check_builders(module, CASCADE in record["facts"][adapter.GQA])
     check_groups(wheel.source(RUNNER) or "", module, built_together)
+
+
+def run_layers(wheel: Wheel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own layers on CPU, in a group that mixes windows, for which vLLM makes no metadata."""
+    build, windows = f"vllm-{wheel.version}", ((-1, -1), (127, 0), (-1, -1), (127, 0))
+    own = WheelLayers(wheel.source(adapter.GQA) or "", windows, monkeypatch)
+    own.names[FORWARD] = with_metadata(own.names[FORWARD], build, "fa3", lambda: None)
+    enter = with_steps(contextmanager(lambda attn_metadata: iter([None])), lambda: None)
+    batch = own.batch([300, 45, 4000])
+    for longer in (0, 16):
+        batch.seq_lens.add_(longer)
+        batch.max_seq_len += longer
+        with enter({f"layers.{i}": batch for i in range(len(windows))}):
+            calls = own.run(batch)
+        for call, window in zip(calls, windows, strict=True):
+            assert call["window_size"] == list(window), wheel.version
+            wanted = fa3_metadata.get_scheduler_metadata(
+                3, 1, batch.max_seq_len, *HEADS, DIM, batch.seq_lens, cu_seqlens_q=batch.query_start_loc,
+                page_size=16, causal=True, window_size=window, build=build,
+            )  # fmt: skip
+            assert torch.equal(call["scheduler_metadata"], wanted), wheel.version
+        for i in (0, 1):
+            assert calls[i]["scheduler_metadata"] is calls[i + 2]["scheduler_metadata"], wheel.version
 
 
 def main() -> None:

@@ -8,14 +8,15 @@ import dataclasses
 import sys
 import types
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+
+from .stand_ins import Anything, Given, Names
 
 _PATH = "sglang/srt/layers/attention/flashattention_backend.py"
 _MODULE = _PATH.removesuffix(".py").replace("/", ".")
@@ -24,53 +25,10 @@ _PACKAGES = tuple(_MODULE.rsplit(".", i)[0] for i in range(1, 5))
 HEADS, KV_HEADS, DIM, TOKENS = 8, 1, 128, 4096
 
 
-class _Anything:
-    """What nobody has said anything about: false, empty, and whatever is asked of it; of a function a decorator."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return args[0] if len(args) == 1 and callable(args[0]) else self
-
-    def __getattr__(self, name: str) -> _Anything:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self
-
-    def __getitem__(self, key: Any) -> _Anything:
-        return self
-
-    def __bool__(self) -> bool:
-        return False
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(())
-
-    def __mro_entries__(self, bases: Any) -> tuple[()]:
-        return ()
-
-    def __or__(self, other: Any) -> _Anything:
-        return self
-
-    __ror__ = __or__
-
-
-class _Names(dict[str, Any]):
-    """Of the module."""
-
-    def __missing__(self, name: str) -> Any:
-        return getattr(builtins, name, _Anything())
-
-
-class _Given(SimpleNamespace):
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _Anything()
-
-
 class _Module(types.ModuleType):
     """Whose names are those that its functions look up."""
 
-    def __init__(self, names: _Names) -> None:
+    def __init__(self, names: Names) -> None:
         super().__init__(_MODULE)
         object.__setattr__(self, "_names", names)
 
@@ -83,9 +41,9 @@ class _Module(types.ModuleType):
         self._names[name] = value
 
 
-def _mode(*names: str) -> _Given:
+def _mode(*names: str) -> Given:
     """A ForwardMode of which these questions are answered by yes."""
-    return _Given(**dict.fromkeys(names, lambda *_, **__: True))
+    return Given(**dict.fromkeys(names, lambda *_, **__: True))
 
 
 _EXTENDS = ("is_extend", "is_extend_or_draft_extend_or_mixed")
@@ -116,9 +74,9 @@ class WheelBackend:
             source = archive.read(_PATH).decode()
         tree = ast.parse(source)
         tree.body = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
-        names = _Names(torch=torch, dataclass=dataclasses.dataclass, __name__=_MODULE, __builtins__=builtins)
+        names = Names(torch=torch, dataclass=dataclasses.dataclass, __name__=_MODULE, __builtins__=builtins)
         environ = types.ModuleType(_ENVIRON)
-        environ.envs = _Given(SGLANG_USE_SGL_FA3_KERNEL=_Given(get=lambda: True))  # type: ignore[attr-defined]
+        environ.envs = Given(SGLANG_USE_SGL_FA3_KERNEL=Given(get=lambda: True))  # type: ignore[attr-defined]
         for name in _PACKAGES:
             monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
         monkeypatch.setitem(sys.modules, _ENVIRON, environ)
@@ -144,7 +102,7 @@ class WheelBackend:
             max_num_pages=TOKENS, attention_chunk_size=None,
             fa_impl_ver=3, num_splits=0, decode_num_splits=0, head_dim=DIM, num_attention_heads=HEADS,
             num_kv_heads=KV_HEADS, has_softcap=False, kv_cache_dtype=torch.bfloat16, kv_cache_dtype_str="auto",
-            use_mla=use_mla, req_to_token_pool=_Given(req_to_token=self.pages), token_to_kv_pool=_pool(),
+            use_mla=use_mla, req_to_token_pool=Given(req_to_token=self.pages), token_to_kv_pool=_pool(),
             prepare_paged_mha_query=lambda q, q_rope, k_rope, *_, **__: (q, q_rope, k_rope, None, None),  # not read
             get_paged_mha_kv_cache=lambda *_, **__: caches,
         )  # fmt: skip
@@ -185,7 +143,7 @@ class WheelBackend:
         batch.forward_mode = MODES[mode]
         if mode == "verification":
             backend.speculative_num_draft_tokens = tokens
-            batch.spec_info = _Given(draft_token_num=tokens, topk=1, ragged_verify_layout=None)
+            batch.spec_info = Given(draft_token_num=tokens, topk=1, ragged_verify_layout=None)
         batch.extend_seq_lens = torch.full((size,), tokens, dtype=torch.int32)
         batch.extend_seq_lens_cpu, batch.extend_prefix_lens = [tokens] * size, batch.seq_lens - tokens
         batch.extend_prefix_lens_cpu = batch.extend_prefix_lens.tolist()
@@ -195,7 +153,7 @@ class WheelBackend:
         k = torch.zeros(size * tokens, KV_HEADS * DIM, dtype=torch.bfloat16)
         ropes = {"q_rope": torch.zeros(size * tokens, HEADS * 64, dtype=torch.bfloat16), "k_rope": k} if mla else {}
         for i, window in enumerate(windows):
-            layer = _Given(
+            layer = Given(
                 layer_id=i, tp_q_head_num=HEADS, tp_k_head_num=KV_HEADS, tp_v_head_num=KV_HEADS, scaling=1.0,
                 head_dim=576 if mla else DIM, qk_head_dim=DIM, v_head_dim=512 if mla else DIM, logit_cap=0.0,
                 sliding_window_size=window, k_scale=None, v_scale=None,
@@ -210,25 +168,25 @@ class WheelBackend:
 
     def _batch(self, size: int) -> Any:
         lengths = self.seq_lens[:size]
-        return _Given(
+        return Given(
             batch_size=size, req_pool_indices=self.rows[:size], seq_lens=lengths, seq_lens_sum=int(lengths.sum()),
             seq_lens_cpu=lengths.clone(), positions=self.rows[:size], forward_mode=_DECODE, spec_info=None,
             encoder_lens=None, out_cache_loc=self.rows[:size], token_to_kv_pool=_pool(), _attn_output=None,
             attn_attend_prefix_cache=None,
-            req_to_token_pool=_Given(req_to_token=self.pages),
+            req_to_token_pool=Given(req_to_token=self.pages),
         )  # fmt: skip
 
 
 def _of_backend(backend: Any, name: str) -> Any:
     if name in ("flash_attn_with_kvcache", "_get_scheduler_metadata") or name.startswith(("__", "_fa3")):
         raise AttributeError(name)
-    return _Anything()
+    return Anything()
 
 
 def _pool() -> Any:
     cache = torch.zeros(TOKENS, KV_HEADS, DIM, dtype=torch.bfloat16)
     latent = torch.zeros(TOKENS, 1, 576, dtype=torch.bfloat16)
-    return _Given(get_kv_buffer=lambda _: (cache, cache), get_key_buffer=lambda _: latent)
+    return Given(get_kv_buffer=lambda _: (cache, cache), get_key_buffer=lambda _: latent)
 
 
 def _forward_for(calls: list[dict[str, Any]]) -> Any:
