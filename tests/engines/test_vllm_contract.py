@@ -268,12 +268,17 @@ def run_builders(wheel: Wheel, record: dict[str, Any], in_place: bool, monkeypat
     check_groups(wheel.source(RUNNER) or "", module, built_together)
 
 
+@contextmanager
+def _entered(attn_metadata: Any) -> Iterator[None]:
+    yield
+
+
 def run_layers(wheel: Wheel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own layers on CPU, in a group that mixes windows, for which vLLM makes no metadata."""
     build, windows = f"vllm-{wheel.version}", ((-1, -1), (127, 0), (-1, -1), (127, 0))
     own = WheelLayers(wheel.source(adapter.GQA) or "", windows, monkeypatch)
     own.names[FORWARD] = with_metadata(own.names[FORWARD], build, "fa3", lambda: None)
-    enter = with_steps(contextmanager(lambda attn_metadata: iter([None])), lambda: None)
+    enter = with_steps(_entered, lambda: None)
     batch = own.batch([300, 45, 4000])
     for longer in (0, 16):
         batch.seq_lens.add_(longer)

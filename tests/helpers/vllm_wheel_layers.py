@@ -49,7 +49,10 @@ class WheelLayers:
         self.names[FORWARD] = _forward_for(self.calls)
         impl = self.names["FlashAttentionImpl"]
         impl.__getattr__ = Given.__getattr__
-        self._is_joined = "transpose(1, 2).split" in source  # keys and values side by side in a page
+        page = (HEADS[1], PAGE, 2 * DIM)  # keys and values of a head side by side, or apart, within a page or without
+        if "kv_cache.transpose(1, 2).split" not in source:
+            page = (2, PAGE, HEADS[1], DIM)
+        self._cache = (256, *page) if "kv_cache.unbind(0)" not in source else (2, 256, *page[1:])
         self.layers = [object.__new__(impl) for _ in windows]
         for layer, window in zip(self.layers, windows, strict=True):
             vars(layer).update(
@@ -65,13 +68,12 @@ class WheelLayers:
             num_actual_tokens=size, query_start_loc=torch.arange(size + 1, dtype=torch.int32), max_query_len=1,
             seq_lens=torch.tensor(lengths, dtype=torch.int32), max_seq_len=max(lengths), causal=True, use_cascade=False,
             block_table=torch.zeros(size, 256, dtype=torch.int32), scheduler_metadata=None, max_num_splits=0,
-            mm_prefix_query_range_tensor=None, rswa_prefix_lens=None,
+            mm_prefix_query_range_tensor=None, mm_prefix_range_tensor=None, sliding_window=None, rswa_prefix_lens=None,
         )  # fmt: skip
 
     def run(self, batch: Any) -> list[dict[str, Any]]:
         self.calls.clear()
-        joined, apart = (256, HEADS[1], PAGE, 2 * DIM), (2, 256, PAGE, HEADS[1], DIM)
-        cache = torch.zeros(joined if self._is_joined else apart, dtype=torch.bfloat16)
+        cache = torch.zeros(self._cache, dtype=torch.bfloat16)
         q, k = (torch.zeros(batch.num_actual_tokens, heads, DIM, dtype=torch.bfloat16) for heads in HEADS)
         scales = Given(_q_scale=torch.ones(1), _k_scale=torch.ones(1), _v_scale=torch.ones(1))
         for layer in self.layers:
