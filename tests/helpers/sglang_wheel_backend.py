@@ -99,10 +99,10 @@ class WheelBackend:
             decode_cuda_graph_metadata={}, target_verify_metadata={}, draft_extend_metadata={}, forward_metadata=None,
             max_context_len=TOKENS, device="cpu", req_to_token=self.pages, page_size=1, topk=0,
             speculative_num_steps=0, speculative_num_draft_tokens=0, skip_prefill=False, attn_cp_size=1,
-            max_num_pages=TOKENS, attention_chunk_size=None,
-            fa_impl_ver=3, num_splits=0, decode_num_splits=0, head_dim=DIM, num_attention_heads=HEADS,
-            num_kv_heads=KV_HEADS, has_softcap=False, kv_cache_dtype=torch.bfloat16, kv_cache_dtype_str="auto",
-            use_mla=use_mla, req_to_token_pool=Given(req_to_token=self.pages), token_to_kv_pool=_pool(),
+            max_num_pages=TOKENS, attention_chunk_size=None, fa_impl_ver=3, num_splits=0, decode_num_splits=0,
+            head_dim=DIM, num_attention_heads=HEADS, num_kv_heads=KV_HEADS, has_softcap=False,
+            kv_cache_dtype=torch.bfloat16, kv_cache_dtype_str="auto", use_mla=use_mla,
+            req_to_token_pool=Given(req_to_token=self.pages), token_to_kv_pool=_pool(),
             prepare_paged_mha_query=lambda q, q_rope, k_rope, *_, **__: (q, q_rope, k_rope, None, None),  # not read
             get_paged_mha_kv_cache=lambda *_, **__: caches,
         )  # fmt: skip
@@ -172,8 +172,7 @@ class WheelBackend:
             batch_size=size, req_pool_indices=self.rows[:size], seq_lens=lengths, seq_lens_sum=int(lengths.sum()),
             seq_lens_cpu=lengths.clone(), positions=self.rows[:size], forward_mode=_DECODE, spec_info=None,
             encoder_lens=None, out_cache_loc=self.rows[:size], token_to_kv_pool=_pool(), _attn_output=None,
-            attn_attend_prefix_cache=None,
-            req_to_token_pool=Given(req_to_token=self.pages),
+            attn_attend_prefix_cache=None, req_to_token_pool=Given(req_to_token=self.pages),
         )  # fmt: skip
 
 

@@ -38,13 +38,15 @@ class Anything:
 
 
 class Names(dict[str, Any]):
-    """Of the module."""
+    """Of a module: what is not there is a builtin, or Anything."""
 
     def __missing__(self, name: str) -> Any:
         return getattr(builtins, name, Anything())
 
 
 class Given(SimpleNamespace):
+    """What has been said of an object; all else of it is Anything."""
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
