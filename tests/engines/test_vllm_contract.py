@@ -33,7 +33,7 @@ from fa3_metadata.engines.vllm_reach import NONE, OURS, SITES, THEIRS, coverage_
 from fa3_metadata.installed import BUILD_VARIABLE
 from fa3_metadata.triton_kernels.builds import rules_for
 
-from ..helpers.vllm_wheel_builders import check_builders, check_groups, load
+from ..helpers.vllm_wheel_builders import check_builders, check_groups, check_mla_builders, load, load_mla
 from ..helpers.vllm_wheel_layers import DIM, HEADS, WheelLayers
 
 WHEELS_VARIABLE = "FA3_METADATA_WHEELS"
@@ -255,15 +255,18 @@ def test_wheels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run_builders(wheel: Wheel, record: dict[str, Any], in_place: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own GQA builders on CPU, with the adapter."""
+    """Its own builders on CPU, with the adapter."""
     build = f"vllm-{wheel.version}"
     monkeypatch.setenv(BUILD_VARIABLE, build)
-    monkeypatch.setitem(sys.modules, adapter.GQA, ModuleType(adapter.GQA))  # put back at the end
+    for name in (adapter.GQA, adapter.MLA):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))  # put back at the end
     attached = adapter.Attached(build, in_place)
     attached._wraps = adapter._wraps(layout_of(record["facts"].get)[0], in_place)
     monkeypatch.setattr(adapter, "_attached", attached)
     module = load(wheel.source(adapter.GQA) or "")
+    mla = load_mla(wheel.source(adapter.MLA) or "")
     attached.catch_up()
+    check_mla_builders(mla)
     check_builders(module, CASCADE in record["facts"][adapter.GQA])
     check_groups(wheel.source(RUNNER) or "", module, built_together)
 

@@ -1,11 +1,13 @@
-"""The GQA builder of a published vLLM, run on CPU: its own source, with stand-ins for what it imports."""
+"""The builders of a published vLLM, run on CPU: their own source, with stand-ins for what it imports."""
 
 from __future__ import annotations
 
 import ast
+import builtins
 import copy
 import dataclasses
 import functools
+import inspect
 import sys
 import types
 import typing
@@ -17,8 +19,9 @@ from typing import Any
 import torch
 from fa3_metadata.engines import vllm as adapter
 from fa3_metadata.engines.vllm_groups import BUILD_ALL, RUNNER
-from fa3_metadata.engines.vllm_names import GQA, GQA_BUILDER, NAME
+from fa3_metadata.engines.vllm_names import GQA, GQA_BUILDER, MLA, MLA_BUILDER, NAME
 
+from .stand_ins import Anything, Given, Names
 from .vllm_stand_in import check, expected
 
 _CLASSES = ("FlashAttentionMetadata", "FlashAttentionImpl", "FlashAttentionBackend", GQA_BUILDER)
@@ -155,6 +158,63 @@ def check_groups(runner: str, module: types.ModuleType, built_together: Callable
                 metadata = made[f"layers.{i}"].scheduler_metadata
                 check(metadata, expected(as_ours, one.max_num_splits, window_size=window, **SHAPE), n)
                 assert not graphs or metadata.data_ptr() == one.scheduler_metadata.data_ptr()
+
+
+def load_mla(source: str) -> types.ModuleType:
+    """The module of the MLA backend, under its own name in `sys.modules`: its builder alone."""
+    tree = ast.parse(source)
+    tree.body = [node for node in tree.body if isinstance(node, ast.ClassDef) and not node.name.startswith("XPU")]
+
+    @dataclasses.dataclass
+    class Common:
+        block_table: Any
+        seq_lens: Any
+        dcp_tot_seq_lens: Any
+
+    bases = ("MLACommonBackend", "MLACommonImpl", "MLACommonMetadata", "MLACommonMetadataBuilder")
+    looked_up = ("AttentionCGSupport", "DeviceCapability", "MultipleOf", "QueryLenSupport")
+    names = Names(
+        torch=torch, dataclass=dataclasses.dataclass, ClassVar=typing.ClassVar, MLACommonDecodeMetadata=Common,
+        get_scheduler_metadata=adapter.get_scheduler_metadata, __name__=MLA, __builtins__=builtins,
+        **{name: Anything() for name in (*bases, *looked_up)},
+    )  # fmt: skip
+    module = sys.modules[MLA] = types.ModuleType(MLA)  # where dataclasses look for it
+    exec(compile("from __future__ import annotations\n" + ast.unparse(tree), MLA, "exec"), names)
+    setattr(module, MLA_BUILDER, names[MLA_BUILDER])
+    return module
+
+
+def check_mla_builders(module: types.ModuleType) -> None:
+    """With the adapter attached to `module`: what its builder makes."""
+    kind = getattr(module, MLA_BUILDER)
+    kind.__getattr__ = Given.__getattr__
+    shape = {"num_heads": 16, "num_heads_k": 1, "headdim": 64, "headdim_v": 512, "page_size": 64}
+    for graphs in (False, True):
+        made = object.__new__(kind)
+        vars(made).update(
+            fa_aot_schedule=True, use_full_cuda_graph=graphs, max_cudagraph_size=16, max_num_splits=32 if graphs else 0,
+            num_heads=16, dcp_world_size=1, mla_dims=SimpleNamespace(qk_rope_head_dim=64, kv_lora_rank=512),
+            kv_cache_spec=SimpleNamespace(dtype=torch.bfloat16), page_size=64,
+            scheduler_metadata=torch.full((65,), 7, dtype=torch.int32),
+        )  # fmt: skip
+        for lengths in ([5, 900, 70], [3], [400] * 7):
+            asked = batch(lengths)
+            given = {
+                "block_table_tensor": None, "seq_lens_device": asked.seq_lens, "seq_lens_cpu": asked.seq_lens,
+                "max_seq_len": asked.max_seq_len, "query_start_loc_cpu": asked.query_start_loc,
+                "query_start_loc_device": asked.query_start_loc, "num_decode_tokens": asked.num_reqs,
+                "max_query_len": 1, "dcp_tot_seq_lens_device": None,
+            }  # fmt: skip
+            names = list(inspect.signature(kind._build_decode).parameters)[1:]  # which differ by version
+            metadata = made._build_decode(**{name: given[name] for name in names}).scheduler_metadata
+            as_ours = SimpleNamespace(
+                size=asked.num_reqs, starts=asked.query_start_loc, max_query_len=1, lengths=asked.seq_lens,
+                max_seq_len=asked.max_seq_len, causal=True,
+            )  # fmt: skip
+            check(metadata, expected(as_ours, made.max_num_splits, **shape), asked.num_reqs)
+            if graphs:
+                assert metadata.data_ptr() == made.scheduler_metadata.data_ptr()
+                assert not made.scheduler_metadata[len(metadata) :].any()
 
 
 @contextmanager
