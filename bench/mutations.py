@@ -1044,8 +1044,8 @@ ENGINES = (
     Mutation(
         "vllm-groups-other-lengths",
         "integration/engines/vllm_groups.py",
-        "key = (*map(id, tensors), *map(type, values), *values)",
-        "key = (*map(type, values), *values)",
+        "id(one) if isinstance(one, torch.Tensor) else one for one in asked",
+        "0 if isinstance(one, torch.Tensor) else one for one in asked",
         "a group gets the metadata of other lengths",
         ("tests/engines/test_vllm_groups.py",),
     ),

@@ -87,7 +87,7 @@ class Recorder:
                     self.open()
                 self._record(problem, tensors, rules)
             except Exception as error:  # the engine must go on
-                self._end(f"{type(error).__name__}: {error}")
+                self._end(error)
 
     def replayed(self, batch_size: int | None, reading: Collection[tuple[int, int]] | None) -> None:
         """Keep the lengths that captured graphs read, of these batches alone, as they are now."""
@@ -166,7 +166,7 @@ class Recorder:
         """End the recording with a warning that says why."""
         with self._lock:
             if not self._ended:
-                self._end(f"{type(error).__name__}: {error}")
+                self._end(error)
 
     def stop(self) -> None:
         """Wait for the copies under way, and close the file."""
@@ -178,14 +178,14 @@ class Recorder:
                 self._drain(wait=True)
                 self._write({"end": True, "steps": self.steps, "left_out": self.left_out})
             except Exception as error:
-                self._end(f"{type(error).__name__}: {error}")
+                self._end(error)
                 return
             self._close()
 
-    def _end(self, reason: str) -> None:
+    def _end(self, error: Exception) -> None:
         self._close()
         with contextlib.suppress(Warning):  # which -W error makes an exception
-            warnings.warn(f"the recording to {self.path} has ended: {reason}", stacklevel=4)
+            warnings.warn(f"the recording to {self.path} has ended: {type(error).__name__}: {error}", stacklevel=4)
 
     def _close(self) -> None:
         self._ended = True

@@ -27,7 +27,7 @@ class Replays:
 
     def tell(self) -> None:
         """Of the replay that was prepared last, if it has not been told of. To be called before it is overwritten."""
-        if self._read and trace.current is not None:
+        if self._read:
             trace.replayed(reading=self._read)
         self._read = frozenset()
 

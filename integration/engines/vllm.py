@@ -95,21 +95,15 @@ def get_scheduler_metadata(
         attached._called()
     build, policy = (vllm_build(), "fa3") if attached is None else (attached.build, attached.policy)
     out = BUFFER.get() if out is None else out
-    lengths = cache_seqlens, cu_seqlens_q, cu_seqlens_k_new, cache_leftpad
     asked = (
-        batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim, qkv_dtype, headdim_v, page_size,
-        max_seqlen_k_new, causal, window_size, has_softcap, num_splits, pack_gqa, sm_margin,
+        batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim, cache_seqlens, qkv_dtype,
+        headdim_v, cu_seqlens_q, None, cu_seqlens_k_new, None, cache_leftpad, page_size, max_seqlen_k_new, causal,
+        window_size, 0, has_softcap, num_splits, pack_gqa, sm_margin,
     )  # fmt: skip
-
-    def make() -> torch.Tensor:
-        return api.get_scheduler_metadata(
-            batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim, cache_seqlens, qkv_dtype,
-            headdim_v, cu_seqlens_q, None, cu_seqlens_k_new, None, cache_leftpad, page_size, max_seqlen_k_new, causal,
-            window_size, 0, has_softcap, num_splits, pack_gqa, sm_margin,
-            build=build, out=out, policy=policy, forward_is_told=False,
-        )  # fmt: skip
-
-    return once(make, out, lengths, asked)
+    make = functools.partial(
+        api.get_scheduler_metadata, *asked, build=build, out=out, policy=policy, forward_is_told=False
+    )
+    return once(make, asked, out)
 
 
 def vllm_build() -> str:
@@ -217,7 +211,8 @@ class _Replaced:
             setattr(sys.modules[name], self.name, self.own)
 
 
-_Wraps = dict[str, tuple[str, Mapping[str, Callable[..., Any]]]]  # module -> builder class, and its methods to replace
+_Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
+_Wraps = dict[str, tuple[str, _Wrap | Mapping[str, _Wrap]]]  # module -> its function, or class and methods to replace
 
 
 class Attached:
@@ -225,8 +220,7 @@ class Attached:
 
     def __init__(self, build: str, in_place: bool, policy: str = "fa3") -> None:
         self.build, self.in_place, self.policy, self.used = build, in_place, policy, False
-        self._wraps: _Wraps = {}  # of builders not changed yet
-        self._groups_apart = True  # vLLM's way to build all groups has not been changed yet
+        self._wraps: _Wraps = {}  # what is not changed yet
         self._replaced: list[_Replaced] = []
         self._methods: list[tuple[type, str, Any, Any]] = []  # class, name, vLLM's, ours
 
@@ -238,7 +232,7 @@ class Attached:
     @property
     def waiting(self) -> dict[str, str]:
         """The builders that are not changed yet, since vLLM has not imported them: module -> class."""
-        return {module: name for module, (name, _) in self._wraps.items()}
+        return {module: name for module, (name, wrap) in self._wraps.items() if isinstance(wrap, Mapping)}
 
     def _put(self, layout: Layout) -> None:
         try:
@@ -268,27 +262,25 @@ class Attached:
         if not self.used:
             self.used = True
             _log.info("fa3_metadata is asked for scheduler metadata the first time")
-        if self._wraps or self._groups_apart:
+        if self._wraps:
             self.catch_up()
 
     def catch_up(self) -> None:
         """Change what is to be changed in modules that have been imported meanwhile."""
-        waiting = (*self._wraps, RUNNER) if self._groups_apart else tuple(self._wraps)
-        if not any(module in sys.modules for module in waiting):
+        if not any(module in sys.modules for module in tuple(self._wraps)):
             return
         with _lock:
-            # A version may lack it, and only time is lost without.
-            if self._groups_apart and (build_all := getattr(sys.modules.get(RUNNER), BUILD_ALL, None)) is not None:
-                self._groups_apart = False
-                self._replaced.append(_Replaced(BUILD_ALL, build_all, built_together(build_all)))
-                self._replaced[-1].put()
-            for module, (name, methods) in list(self._wraps.items()):
-                if (builder := getattr(sys.modules.get(module), name, None)) is None:
+            for module, (name, wraps) in list(self._wraps.items()):
+                if (found := getattr(sys.modules.get(module), name, None)) is None:
                     continue
-                for method, wrap in methods.items():
-                    own = vars(builder)[method]
-                    self._methods.append((builder, method, own, wrap(own)))
-                    setattr(builder, method, self._methods[-1][-1])
+                if isinstance(wraps, Mapping):
+                    for method, wrap in wraps.items():
+                        own = vars(found)[method]
+                        self._methods.append((found, method, own, wrap(own)))
+                        setattr(found, method, self._methods[-1][-1])
+                else:
+                    self._replaced.append(_Replaced(name, found, wraps(found)))
+                    self._replaced[-1].put()
                 del self._wraps[module]
 
     def detach(self) -> None:
@@ -312,7 +304,6 @@ class Attached:
 
     def _restore(self) -> None:
         self._wraps.clear()
-        self._groups_apart = False
         for builder, name, own, _ in self._methods:
             setattr(builder, name, own)
         for one in self._replaced:
@@ -320,17 +311,18 @@ class Attached:
 
 
 def _wraps(layout: Layout, in_place: bool) -> _Wraps:
-    """What is to be replaced in builders.
+    """What is to be replaced in builders, and of the newer runner, which not every version has.
 
     The MLA builder, and the GQA builder up to 0.27, store in the middle of a longer method, which stays: torch launches
     nothing for a copy of the buffer onto itself, and the rest is zeroed as ever.
     """
+    runner: _Wraps = {RUNNER: (BUILD_ALL, built_together)}
     if not in_place:
-        return {GQA: (GQA_BUILDER, {"build": windows_told})}
+        return {GQA: (GQA_BUILDER, {"build": windows_told})} | runner
     gqa: dict[str, Callable[..., Any]] = {"build": lambda build: windows_told(built_in_buffer(build))}
     if layout.stores:
         gqa |= {"update_draft_decode_metadata": made_in_buffer, "_store_scheduler_metadata": kept_in_buffer}
-    return {GQA: (GQA_BUILDER, gqa), MLA: (MLA_BUILDER, {"_schedule_decode": made_in_buffer})}
+    return {GQA: (GQA_BUILDER, gqa), MLA: (MLA_BUILDER, {"_schedule_decode": made_in_buffer})} | runner
 
 
 def _modules_with(name: str, value: Any) -> list[str]:

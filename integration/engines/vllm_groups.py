@@ -16,7 +16,7 @@ import torch
 
 RUNNER, BUILD_ALL = "vllm.v1.worker.gpu.attn_utils", "build_attn_metadata"
 
-_Made = dict[tuple[Any, ...], tuple[torch.Tensor, tuple[Any, ...]]]  # by what was asked; with the tensors, kept alive
+_Made = dict[tuple[Any, ...], tuple[torch.Tensor, tuple[Any, ...]]]  # by what was asked, whose tensors live on
 _MADE: ContextVar[_Made | None] = ContextVar("fa3_metadata_vllm_groups", default=None)
 
 
@@ -34,14 +34,14 @@ def built_together(build_all: Callable[..., Any]) -> Callable[..., Any]:
     return build
 
 
-def once(
-    make: Callable[[], torch.Tensor], out: torch.Tensor | None, tensors: tuple[torch.Tensor | None, ...],
-    values: tuple[Any, ...],
-) -> torch.Tensor:  # fmt: skip
-    """What `make` makes in `out`, or what it has made before of the same tensors and values, copied if need be."""
+def once(make: Callable[[], torch.Tensor], asked: tuple[Any, ...], out: torch.Tensor | None) -> torch.Tensor:
+    """What `make` makes in `out`, or what it has made before where the same was asked, copied if need be.
+
+    Numbers and flags are compared with their types, tensors by identity.
+    """
     if (made := _MADE.get()) is None:
         return make()
-    key = (*map(id, tensors), *map(type, values), *values)
+    key = (*[id(one) if isinstance(one, torch.Tensor) else one for one in asked], *map(type, asked))
     try:
         known = made.get(key)
     except TypeError:  # a list among them
@@ -50,7 +50,7 @@ def once(
         result = make()
         for other in [one for one, (kept, _) in made.items() if kept.data_ptr() == result.data_ptr()]:
             del made[other]  # which was in this buffer
-        made[key] = result, tensors
+        made[key] = result, asked
         return result
     if out is None:
         return known[0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import pathlib
-from collections.abc import Iterator
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
@@ -34,20 +33,6 @@ from ..helpers.vllm_stand_in import (
 @pytest.fixture(autouse=True)
 def _build(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(BUILD_VARIABLE, BUILD)
-
-
-@pytest.fixture
-def root(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pathlib.Path]:
-    with stand_in(tmp_path, monkeypatch) as folder:
-        yield folder
-
-
-@pytest.fixture(params=[BUILD, OLDER])
-def any_root(
-    request: pytest.FixtureRequest, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[pathlib.Path]:
-    with stand_in(tmp_path, monkeypatch, request.param) as folder:
-        yield folder
 
 
 MIXED = make_batch([300, 9000, 17, 2048], query_lens=[300, 1, 1, 512])

@@ -6,7 +6,6 @@ import pathlib
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
@@ -25,19 +24,12 @@ from ..helpers.vllm_stand_in import (
     make_batch,
     metadata_of,
     mla_builder,
-    stand_in,
 )
 
 
 @pytest.fixture(autouse=True)
 def _build(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(BUILD_VARIABLE, BUILD)
-
-
-@pytest.fixture
-def root(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pathlib.Path]:
-    with stand_in(tmp_path, monkeypatch) as folder:
-        yield folder
 
 
 def test_modules_imported_after_attach(root: pathlib.Path) -> None:

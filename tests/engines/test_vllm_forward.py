@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterator
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
@@ -17,17 +16,9 @@ from fa3_metadata.engines.vllm_names import CONTEXT, ENTER, FORWARD, PACKAGE
 
 from ..calls.test_kv_sharing import MODELS
 from ..calls.test_wrapper_safety import Graph
-from ..helpers.vllm_stand_in import BUILD, DECODE, OLDER, check, expected, gqa_builder, make_batch, stand_in
+from ..helpers.vllm_stand_in import BUILD, DECODE, check, expected, gqa_builder, make_batch
 
 WINDOW, FULL = (1023, 0), (-1, -1)
-
-
-@pytest.fixture(params=[BUILD, OLDER])
-def root(
-    request: pytest.FixtureRequest, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[pathlib.Path]:
-    with stand_in(tmp_path, monkeypatch, request.param) as folder:
-        yield folder
 
 
 class Model:
@@ -54,7 +45,7 @@ class Model:
         return [call["scheduler_metadata"] for call in calls]
 
 
-def test_each_kind_of_layer_is_made_once_a_step(root: pathlib.Path) -> None:
+def test_each_kind_of_layer_is_made_once_a_step(any_root: pathlib.Path) -> None:
     attached = adapter.attach()
     model = Model(WINDOW, FULL, WINDOW, FULL, WINDOW)
     for batch in (DECODE, make_batch([40, 2000])):
@@ -71,7 +62,7 @@ def test_each_kind_of_layer_is_made_once_a_step(root: pathlib.Path) -> None:
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("captured", [False, True])
 def test_layers_that_read_the_keys_of_others(
-    root: pathlib.Path, model: str, captured: bool, monkeypatch: pytest.MonkeyPatch
+    any_root: pathlib.Path, model: str, captured: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In one group with windows mixed, since vLLM's hybrid KV cache is turned off."""
     adapter.attach()
@@ -93,7 +84,7 @@ def bound_of(batch: SimpleNamespace, window: tuple[int, int]) -> int:
     ).num_splits  # fmt: skip
 
 
-def test_drafts_that_are_built_fast(root: pathlib.Path) -> None:
+def test_drafts_that_are_built_fast(any_root: pathlib.Path) -> None:
     adapter.attach()
     made = Model(FULL, FULL, FULL).step(DECODE, fast_build=True)
     assert len({id(tensor) for tensor in made}) == 1
@@ -101,7 +92,7 @@ def test_drafts_that_are_built_fast(root: pathlib.Path) -> None:
     assert Model(FULL).step(DECODE, fast_build=True) == [None], "a layer alone has nobody to share with"
 
 
-def test_what_vllm_made_is_not_made_again(root: pathlib.Path) -> None:
+def test_what_vllm_made_is_not_made_again(any_root: pathlib.Path) -> None:
     adapter.attach()
     model = Model(FULL, FULL)
     made = model.step(DECODE)
@@ -111,7 +102,7 @@ def test_what_vllm_made_is_not_made_again(root: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("splits", [1, 8, 32])
-def test_splits_that_vllm_fixed_stay(root: pathlib.Path, splits: int) -> None:
+def test_splits_that_vllm_fixed_stay(any_root: pathlib.Path, splits: int) -> None:
     """In full CUDA graphs, and 1 for batch invariance."""
     adapter.attach(policy="balanced")
     model = Model(WINDOW, FULL, WINDOW, graphs=True, splits=splits)
@@ -120,7 +111,7 @@ def test_splits_that_vllm_fixed_stay(root: pathlib.Path, splits: int) -> None:
     check(made[1], expected(DECODE, splits, policy="balanced", forward_is_told=True), DECODE.size)
 
 
-def test_balanced_tells_the_forward_its_own_bound(root: pathlib.Path) -> None:
+def test_balanced_tells_the_forward_its_own_bound(any_root: pathlib.Path) -> None:
     adapter.attach(policy="balanced")
     model = Model(WINDOW, FULL)
     made = model.step(DECODE)
@@ -133,14 +124,14 @@ def test_balanced_tells_the_forward_its_own_bound(root: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("version", [2, 4])
-def test_other_flash_attention_versions_go_straight_to_vllm(root: pathlib.Path, version: int) -> None:
+def test_other_flash_attention_versions_go_straight_to_vllm(any_root: pathlib.Path, version: int) -> None:
     adapter.attach()
     model = Model(WINDOW, FULL, fa_version=version)
     assert model.step(DECODE) == [None, None]
     assert [call["num_splits"] for call in model.calls] == [0, 0]
 
 
-def test_ragged_keys_go_straight_to_vllm(root: pathlib.Path) -> None:
+def test_ragged_keys_go_straight_to_vllm(any_root: pathlib.Path) -> None:
     """As in encoders and prefills, which bring no lengths of a cache."""
     attached = adapter.attach()
     forward, calls = (getattr(import_module(adapter.INTERFACE), name) for name in (FORWARD, "CALLS"))
@@ -151,7 +142,7 @@ def test_ragged_keys_go_straight_to_vllm(root: pathlib.Path) -> None:
     assert not attached.used
 
 
-def test_outside_a_step_nothing_is_shared(root: pathlib.Path) -> None:
+def test_outside_a_step_nothing_is_shared(any_root: pathlib.Path) -> None:
     adapter.attach()
     model = Model(WINDOW, FULL)
     own = import_module(CONTEXT).set_forward_context
@@ -159,7 +150,7 @@ def test_outside_a_step_nothing_is_shared(root: pathlib.Path) -> None:
     assert model.step(DECODE, enter=lambda metadata: own([metadata, metadata])) == [None, None]  # two half batches
 
 
-def test_steps_of_modules_that_have_imported_it_before(root: pathlib.Path) -> None:
+def test_steps_of_modules_that_have_imported_it_before(any_root: pathlib.Path) -> None:
     runner = import_module("vllm.v1.runner")
     own = runner.set_forward_context
     attached = adapter.attach()
@@ -172,7 +163,7 @@ def test_steps_of_modules_that_have_imported_it_before(root: pathlib.Path) -> No
     assert import_module(CONTEXT).set_forward_context is runner.set_forward_context is own
 
 
-def test_builders_imported_late_are_told_their_windows(root: pathlib.Path) -> None:
+def test_builders_imported_late_are_told_their_windows(any_root: pathlib.Path) -> None:
     """Such a builder never calls our function: entering a forward notices that vLLM has imported it."""
     attached = adapter.attach()
     assert attached.waiting == {adapter.GQA: "FlashAttentionMetadataBuilder"}
@@ -183,11 +174,11 @@ def test_builders_imported_late_are_told_their_windows(root: pathlib.Path) -> No
     check(builder.build(0, DECODE).scheduler_metadata, expected(DECODE, window_size=WINDOW), DECODE.size)
 
 
-def test_modules_that_call_the_forward(root: pathlib.Path) -> None:
+def test_modules_that_call_the_forward(any_root: pathlib.Path) -> None:
     modules = [import_module(name) for name in (adapter.INTERFACE, PACKAGE, adapter.FA_UTILS, adapter.GQA)]
     own = modules[0].flash_attn_varlen_func
     attached = adapter.attach()
-    (root / "v1/sparse.py").write_text(f"from {adapter.INTERFACE} import {FORWARD}\n")
+    (any_root / "v1/sparse.py").write_text(f"from {adapter.INTERFACE} import {FORWARD}\n")
     modules.append(import_module("vllm.v1.sparse"))
     ours = {id(getattr(module, FORWARD)) for module in modules}
     assert len(ours) == 1
@@ -196,7 +187,7 @@ def test_modules_that_call_the_forward(root: pathlib.Path) -> None:
     assert all(getattr(module, FORWARD) is own for module in modules)
 
 
-def test_a_forward_that_is_wrapped_already(root: pathlib.Path) -> None:
+def test_a_forward_that_is_wrapped_already(any_root: pathlib.Path) -> None:
     fa3_metadata.install(wrap_forward=True, build=BUILD)
     try:
         with pytest.raises(RuntimeError, match="forward cannot be wrapped; nothing was changed: policy must be"):
@@ -211,7 +202,7 @@ def test_a_forward_that_is_wrapped_already(root: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize(("module", "name"), [(CONTEXT, ENTER), (adapter.FA_UTILS, FORWARD)])
-def test_what_was_put_over_ours_stops_a_detach(root: pathlib.Path, module: str, name: str) -> None:
+def test_what_was_put_over_ours_stops_a_detach(any_root: pathlib.Path, module: str, name: str) -> None:
     attached = adapter.attach()
     ours = getattr(import_module(module), name)
     setattr(import_module(module), name, len)
@@ -221,7 +212,7 @@ def test_what_was_put_over_ours_stops_a_detach(root: pathlib.Path, module: str, 
     attached.detach()
 
 
-def test_lengths_of_a_layers_own_are_left_alone(root: pathlib.Path) -> None:
+def test_lengths_of_a_layers_own_are_left_alone(any_root: pathlib.Path) -> None:
     """Those of sparse MLA, which each layer may write anew in the same place."""
     adapter.attach()
     forward, calls = (getattr(import_module(adapter.INTERFACE), name) for name in (FORWARD, "CALLS"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import pathlib
-from collections.abc import Iterator
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
@@ -16,18 +15,10 @@ from fa3_metadata.engines import vllm as adapter
 from fa3_metadata.engines.vllm_groups import BUILD_ALL, RUNNER, built_together
 from fa3_metadata.installed import BUILD_VARIABLE
 
-from ..helpers.vllm_stand_in import BUILD, OLDER, check, expected, gqa_builder, make_batch, stand_in
+from ..helpers.vllm_stand_in import BUILD, check, expected, gqa_builder, make_batch
 
 WINDOW, FULL = (1023, 0), (-1, -1)
 KINDS = (WINDOW, FULL, WINDOW, WINDOW, FULL)
-
-
-@pytest.fixture(params=[BUILD, OLDER])
-def root(
-    request: pytest.FixtureRequest, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[pathlib.Path]:
-    with stand_in(tmp_path, monkeypatch, request.param) as folder:
-        yield folder
 
 
 @pytest.fixture
@@ -46,8 +37,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
 def builders_of(kinds: tuple[tuple[int, int], ...] = KINDS, **more: Any) -> list[Any]:
     found = [gqa_builder(window=one, others=(WINDOW, FULL), **more) for one in kinds]
-    for builder, batch in ((one, make_batch([5])) for one in found):
-        builder.build(0, batch)  # where vLLM turns metadata off, and we turn it on again
+    for builder in found:
+        builder.build(0, make_batch([5]))  # where vLLM turns metadata off, and we turn it on again
     return found
 
 
@@ -59,7 +50,7 @@ def built(builders: list[Any], batch: SimpleNamespace, module: str = "vllm.v1.wo
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("policy", ["fa3", "balanced"])
 def test_each_kind_is_made_once(
-    root: pathlib.Path, asked: list[tuple[int, int]], graphs: bool, in_place: bool, policy: str
+    any_root: pathlib.Path, asked: list[tuple[int, int]], graphs: bool, in_place: bool, policy: str
 ) -> None:
     import_module(adapter.GQA)
     import_module(RUNNER)
@@ -80,7 +71,7 @@ def test_each_kind_is_made_once(
         asked.clear()
 
 
-def test_what_differs_is_made_anew(root: pathlib.Path, asked: list[tuple[int, int]]) -> None:
+def test_what_differs_is_made_anew(any_root: pathlib.Path, asked: list[tuple[int, int]]) -> None:
     import_module(adapter.GQA)
     import_module(RUNNER)
     adapter.attach()
@@ -106,7 +97,7 @@ def test_what_differs_is_made_anew(root: pathlib.Path, asked: list[tuple[int, in
     assert len(asked) == 4, "outside of vLLM's call nothing is known to stay"
 
 
-def test_a_buffer_that_is_written_again_is_not_copied_from(root: pathlib.Path) -> None:
+def test_a_buffer_that_is_written_again_is_not_copied_from(any_root: pathlib.Path) -> None:
     import_module(adapter.GQA)
     import_module(RUNNER)
     adapter.attach(in_place=True)
@@ -122,7 +113,7 @@ def test_a_buffer_that_is_written_again_is_not_copied_from(root: pathlib.Path) -
     check(made[1], expected(batch, 32, window_size=WINDOW), batch.size)
 
 
-def test_vllms_own_function_is_put_back(root: pathlib.Path, asked: list[tuple[int, int]]) -> None:
+def test_vllms_own_function_is_put_back(any_root: pathlib.Path, asked: list[tuple[int, int]]) -> None:
     import_module(adapter.GQA)
     early = import_module("vllm.v1.worker.gpu.model_states")
     own = getattr(early, BUILD_ALL)
@@ -132,7 +123,7 @@ def test_vllms_own_function_is_put_back(root: pathlib.Path, asked: list[tuple[in
     assert getattr(early, BUILD_ALL) is getattr(import_module(RUNNER), BUILD_ALL) is own
 
 
-def test_a_runner_imported_late_is_found(root: pathlib.Path, asked: list[tuple[int, int]]) -> None:
+def test_a_runner_imported_late_is_found(any_root: pathlib.Path, asked: list[tuple[int, int]]) -> None:
     import_module(adapter.GQA)
     adapter.attach()
     builders = builders_of()
@@ -143,7 +134,7 @@ def test_a_runner_imported_late_is_found(root: pathlib.Path, asked: list[tuple[i
     assert asked == [WINDOW, FULL]
 
 
-def test_detach_is_for_good(root: pathlib.Path, asked: list[tuple[int, int]]) -> None:
+def test_detach_is_for_good(any_root: pathlib.Path, asked: list[tuple[int, int]]) -> None:
     """Whoever has kept our function that waits for modules changes nothing any more."""
     import_module(adapter.GQA)
     attached = adapter.attach()
@@ -154,7 +145,7 @@ def test_detach_is_for_good(root: pathlib.Path, asked: list[tuple[int, int]]) ->
     assert getattr(module, BUILD_ALL) is own
 
 
-def test_what_was_put_over_ours_stops_a_detach(root: pathlib.Path, asked: list[tuple[int, int]]) -> None:
+def test_what_was_put_over_ours_stops_a_detach(any_root: pathlib.Path, asked: list[tuple[int, int]]) -> None:
     import_module(adapter.GQA)
     module = import_module(RUNNER)
     attached = adapter.attach()
@@ -196,7 +187,7 @@ def test_every_argument_tells_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(made) == 1 + len(OTHER)
 
 
-def test_an_error_ends_what_is_shared(root: pathlib.Path, asked: list[tuple[int, int]]) -> None:
+def test_an_error_ends_what_is_shared(any_root: pathlib.Path, asked: list[tuple[int, int]]) -> None:
     import_module(adapter.GQA)
     import_module(RUNNER)
     adapter.attach()
