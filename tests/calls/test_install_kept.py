@@ -14,7 +14,7 @@ import fa3_metadata
 import pytest
 import torch
 
-from ..helpers.published import published_wheel, why_no_wheel
+from ..helpers.published import wheel_or_skip
 
 BUILD = "sglang-kernel-0.4.2"
 ORDER = [
@@ -89,8 +89,7 @@ def test_sglangs_own(
     tmp_path: pathlib.Path,
 ) -> None:  # fmt: skip
     """The module of a published SGLang that finds the forward, and remembers it, with stand-ins for what it imports."""
-    if (wheel := published_wheel("sglang", version)) is None:
-        pytest.skip(why_no_wheel("sglang", version))
+    wheel = wheel_or_skip("sglang", version)
     flag = SimpleNamespace(get=lambda: True)
     stand_ins: dict[str, dict[str, Any]] = {
         "sglang": {}, "sglang.kernels": {}, "sglang.kernels.jit": {}, "sglang.jit_kernel": {}, "sglang.srt": {},

@@ -19,7 +19,7 @@ import pytest
 from fa3_metadata.engines import once, plugins, sglang
 from fa3_metadata.settings import Settings
 
-from ..helpers.published import published_wheel, why_no_wheel
+from ..helpers.published import wheel_or_skip
 from ..helpers.vllm_stand_in import FILES, OLDER_FILES
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -124,8 +124,7 @@ def taken(wheel: pathlib.Path, *names: str) -> dict[str, str]:
 @pytest.fixture(params=SGLANG_VERSIONS)
 def sglang_site(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> pathlib.Path:
     """SGLang's own loader, hooks and environment, and a stand-in for its backend."""
-    if (wheel := published_wheel("sglang", request.param)) is None:
-        pytest.skip(why_no_wheel("sglang", request.param))
+    wheel = wheel_or_skip("sglang", request.param)
     files = taken(wheel, "sglang/srt/plugins/", "sglang/srt/environ.py")
     stubs = dict.fromkeys(("sglang/__init__.py", "sglang/srt/debug_utils/cuda_coredump.py"), "")
     return site(tmp_path, files | stubs | {"sglang/srt/layers/attention/flashattention_backend.py": BACKENDS})
@@ -134,8 +133,7 @@ def sglang_site(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> pathl
 @pytest.fixture(params=VLLM_VERSIONS)
 def vllm_site(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> tuple[pathlib.Path, str]:
     """vLLM's own loader and environment, and a stand-in for the rest."""
-    if (wheel := published_wheel("vllm", request.param)) is None:
-        pytest.skip(why_no_wheel("vllm", request.param))
+    wheel = wheel_or_skip("vllm", request.param)
     files = {
         f"vllm/{path}": text for path, text in (FILES | (OLDER_FILES if request.param == "0.17.0" else {})).items()
     }

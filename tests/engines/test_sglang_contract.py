@@ -29,7 +29,7 @@ from fa3_metadata.engines.reach import NONE, THEIRS, coverage_table
 from fa3_metadata.engines.sglang_names import ALL_LAYOUTS, FORWARD, LAYOUTS, SGLangNames
 from fa3_metadata.engines.sglang_replays import PREPARES
 
-from ..helpers.published import published_wheel, why_no_wheel
+from ..helpers.published import published_wheel, wheel_or_skip, why_no_wheel
 
 RECORD = Path(__file__).parents[1] / "data" / "sglang_contract.json"
 PAGE = Path(__file__).parents[2] / "docs" / "sglang.md"
@@ -260,8 +260,7 @@ def test_recorded_names(version: str, names: SGLangNames) -> None:
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_published_wheel(version: str) -> None:
-    if (wheel := published_wheel("sglang", version)) is None:
-        pytest.skip(why_no_wheel("sglang", version))
+    wheel = wheel_or_skip("sglang", version)
     facts = read_wheel(wheel)
     assert [line for names in layouts_of(version) for line in lacking(names, facts)] == []
     assert facts == _recorded()[version], "record anew: python -m tests.engines.test_sglang_contract FOLDER"
@@ -270,8 +269,7 @@ def test_published_wheel(version: str) -> None:
 @pytest.mark.parametrize("version", VERSIONS)
 def test_its_backends_are_asked_before_replays(version: str) -> None:
     """By one of the methods that a recording leans on, which says at one place whether it is a capture."""
-    if (wheel := published_wheel("sglang", version)) is None:
-        pytest.skip(why_no_wheel("sglang", version))
+    wheel = wheel_or_skip("sglang", version)
     with zipfile.ZipFile(wheel) as archive:
         for names in layouts_of(version):
             backend = _child(_parse(archive, names.module), names.backend)
@@ -420,8 +418,7 @@ def _function(wheel: Path, names: SGLangNames, **around: Any) -> Any:
 @pytest.mark.parametrize("version", ["0.5.7", "0.5.12", "0.5.13", "0.5.23"])
 def test_sparse_layers_of_a_step_share(version: str) -> None:
     """SGLang's own code, 61 layers of it, each with a page table of its own."""
-    if (wheel := published_wheel("sglang", version)) is None:
-        pytest.skip(why_no_wheel("sglang", version))
+    wheel = wheel_or_skip("sglang", version)
     calls: list[dict[str, Any]] = []
     names = next(one for one in layouts_of(version) if one.module.endswith(("nsa_backend", "dsa_backend")))
 

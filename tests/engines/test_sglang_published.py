@@ -10,19 +10,16 @@ import pytest
 import torch
 from fa3_metadata.engines.sglang import attach
 
-from ..helpers.published import published_wheel, why_no_wheel
-from ..helpers.sglang_wheel_backend import DIM, HEADS, KV_HEADS, WheelBackend
+from ..helpers.published import wheel_or_skip
+from ..helpers.sglang_wheel_backend import BUILD, DIM, HEADS, KV_HEADS, WheelBackend
 from .test_sglang_contract import VERSIONS
 
-BUILD = "sglang-kernel-0.4.2"
 LENGTHS = [300, 45, 4000]
 
 
 @pytest.fixture(params=VERSIONS)
 def wheel(request: pytest.FixtureRequest) -> pathlib.Path:
-    if (found := published_wheel("sglang", request.param)) is None:
-        pytest.skip(why_no_wheel("sglang", request.param))
-    return found
+    return wheel_or_skip("sglang", request.param)
 
 
 def wanted(call: dict[str, Any], policy: str, **more: Any) -> torch.Tensor:

@@ -13,7 +13,7 @@ from fa3_metadata.arguments import LengthTensors
 from fa3_metadata.engines.sglang import LAYOUTS, attach
 from fa3_metadata.engines.sglang_replays import PREPARES, Replays
 
-from ..helpers.published import published_wheel, why_no_wheel
+from ..helpers.published import wheel_or_skip
 from ..helpers.sglang_stand_in import Batch, Sglang
 from ..helpers.sglang_wheel_backend import WheelBackend
 from ..tools.test_trace import call
@@ -169,8 +169,7 @@ def test_whatever_goes_wrong_ends_the_recording_alone(
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_replays_of_a_published_backend(version: str, recorded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    if (wheel := published_wheel("sglang", version)) is None:
-        pytest.skip(why_no_wheel("sglang", version))
+    wheel = wheel_or_skip("sglang", version)
     runner = WheelBackend(wheel, monkeypatch)
     runner.backend._get_scheduler_metadata = None  # nothing of the replay depends on it
     runner.backend.init_cuda_graph_state(16, 16)

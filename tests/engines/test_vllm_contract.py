@@ -279,7 +279,7 @@ def _entered(attn_metadata: Any) -> Iterator[None]:
 def run_layers(wheel: Wheel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own layers on CPU, in a group that mixes windows, for which vLLM makes no metadata."""
     build, windows = f"vllm-{wheel.version}", ((-1, -1), (127, 0), (-1, -1), (127, 0))
-    own = WheelLayers(wheel.source(adapter.GQA) or "", windows, monkeypatch)
+    own = WheelLayers(wheel.source(adapter.GQA) or "", build, windows, monkeypatch)
     own.names[FORWARD] = with_metadata(own.names[FORWARD], build, "fa3", lambda: None)
     enter = with_steps(_entered, lambda: None)
     batch = own.batch([300, 45, 4000])

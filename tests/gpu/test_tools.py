@@ -9,6 +9,7 @@ import pytest
 import torch
 from fa3_metadata import detect_build, trace
 from fa3_metadata.tools import cli, measure
+from fa3_metadata.tools.decode_batch import has_paged_kernels
 
 from ..tools.test_trace import call
 
@@ -64,7 +65,7 @@ def test_a_step_is_measured(capsys: pytest.CaptureFixture[str], tmp_path: pathli
     if reason := measure.why_not(build):
         pytest.skip(reason)
     config = {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 128}
-    if build != "fa3-fwd-0.0.3":
+    if has_paged_kernels(build):
         config |= {"sliding_window": 128, "layer_types": ["sliding_attention", "full_attention"] * 2}
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config))

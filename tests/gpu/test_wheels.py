@@ -8,12 +8,13 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import fa3_metadata
 import pytest
 import torch
-from fa3_metadata.installed import BUILD_VARIABLE, SEARCH_ORDER, installed_version, load_forward, native_op
-from fa3_metadata.tools.decode_batch import DecodeBatch, attend, make_decode_batch
+from fa3_metadata.installed import BUILD_VARIABLE, SEARCH_ORDER, installed_version, native_op
+from fa3_metadata.tools.decode_batch import DecodeBatch, attend, has_paged_kernels, make_decode_batch
 from fa3_metadata.triton_kernels.builds import package_of
 
 from ..conftest import HAS_GPU
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.gpu
 
 WHEEL = next((f"{name}-{version}" for name in SEARCH_ORDER if (version := installed_version(name))), None)
 PACKAGE = package_of(WHEEL) if WHEEL else None
-HAS_PAGED_AND_LOCAL = PACKAGE != "fa3-fwd"  # which is compiled without paged KV and sliding windows, as it is published
+HAS_PAGED_AND_LOCAL = WHEEL is None or has_paged_kernels(WHEEL)
 PARTS, RANDOM_CASES, BOUNDARY_CASES, CROWDED_CASES = 20, 2400, 1200, 600  # of every build; spread over the parts
 
 
@@ -145,10 +146,7 @@ NUM_SPLITS = (0, 7, 1)  # FA3's heuristic, a bound of the caller's, none
 def attend_unpaged(batch: DecodeBatch, metadata: torch.Tensor | None, num_splits: int) -> torch.Tensor:
     """The output over the same keys and values, laid out as a cache that is not paged and holds as many a sequence."""
     k, v = (cache[batch.page_table].flatten(1, 2) for cache in (batch.k_cache, batch.v_cache))
-    return load_forward(str(WHEEL))(
-        batch.q, k, v, cache_seqlens=batch.cache_seqlens, causal=batch.causal, scheduler_metadata=metadata,
-        num_splits=num_splits,
-    )  # fmt: skip
+    return attend(str(WHEEL), replace(batch, k_cache=k, v_cache=v, page_table=None), metadata, num_splits)
 
 
 @needs_wheel

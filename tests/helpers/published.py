@@ -12,6 +12,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
+
 WHEELS_VARIABLE = "FA3_METADATA_WHEELS"
 
 
@@ -31,6 +33,13 @@ def why_no_wheel(package: str, version: str) -> str:
     if where == "index":
         return f"pip could not fetch {package} {version}"
     return f"no wheel of {package} {version}: set {WHEELS_VARIABLE}=index, or to a folder of wheels"
+
+
+def wheel_or_skip(package: str, version: str) -> Path:
+    """The wheel of a release, for a test that is skipped without."""
+    if (wheel := published_wheel(package, version)) is None:
+        pytest.skip(why_no_wheel(package, version))
+    return wheel
 
 
 @functools.cache

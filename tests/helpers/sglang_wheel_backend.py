@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import builtins
-import dataclasses
 import sys
 import types
 import zipfile
@@ -16,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from .stand_ins import Anything, Given, Names
+from .stand_ins import Anything, Given, Names, recorded_forward, run_source
 
 _PATH = "sglang/srt/layers/attention/flashattention_backend.py"
 _MODULE = _PATH.removesuffix(".py").replace("/", ".")
 _ENVIRON = "sglang.srt.environ"
 _PACKAGES = tuple(_MODULE.rsplit(".", i)[0] for i in range(1, 5))
+BUILD = "sglang-kernel-0.4.2"  # of the forward
 HEADS, KV_HEADS, DIM, TOKENS = 8, 1, 128, 4096
 
 
@@ -72,19 +70,16 @@ class WheelBackend:
     def __init__(self, wheel: Path, monkeypatch: pytest.MonkeyPatch, use_mla: bool = False) -> None:
         with zipfile.ZipFile(wheel) as archive:
             source = archive.read(_PATH).decode()
-        tree = ast.parse(source)
-        tree.body = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
-        names = Names(torch=torch, dataclass=dataclasses.dataclass, __name__=_MODULE, __builtins__=builtins)
         environ = types.ModuleType(_ENVIRON)
         environ.envs = Given(SGLANG_USE_SGL_FA3_KERNEL=Given(get=lambda: True))  # type: ignore[attr-defined]
         for name in _PACKAGES:
             monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
         monkeypatch.setitem(sys.modules, _ENVIRON, environ)
         monkeypatch.setitem(sys.modules, _MODULE, types.ModuleType(_MODULE))  # where dataclasses look for it
-        exec(compile("from __future__ import annotations\n" + ast.unparse(tree), _PATH, "exec"), names)
+        names = run_source(source, _MODULE)
         monkeypatch.setitem(sys.modules, _MODULE, _Module(names))
         self.calls: list[dict[str, Any]] = []
-        forward = _forward_for(self.calls)
+        forward = recorded_forward(BUILD, self.calls)
         names["normal_decode_set_metadata"] = _set_decode_metadata
         names["paged_view"] = lambda cache, page_size: cache.unflatten(0, (-1, page_size))
         names["flash_attn_with_kvcache"] = forward
@@ -186,23 +181,6 @@ def _pool() -> Any:
     cache = torch.zeros(TOKENS, KV_HEADS, DIM, dtype=torch.bfloat16)
     latent = torch.zeros(TOKENS, 1, 576, dtype=torch.bfloat16)
     return Given(get_kv_buffer=lambda _: (cache, cache), get_key_buffer=lambda _: latent)
-
-
-def _forward_for(calls: list[dict[str, Any]]) -> Any:
-    """sgl_kernel's forward, which notes what it was called with."""
-
-    def flash_attn_with_kvcache(
-        q, k_cache, v_cache, k=None, v=None, qv=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None,
-        cache_batch_idx=None, cache_leftpad=None, page_table=None, cu_seqlens_q=None, cu_seqlens_k_new=None,
-        max_seqlen_q=None, rotary_seqlens=None, q_descale=None, k_descale=None, v_descale=None, softmax_scale=None,
-        causal=False, window_size=(-1, -1), attention_chunk=None, softcap=0.0, rotary_interleaved=True,
-        scheduler_metadata=None, num_splits=0, pack_gqa=None, sm_margin=0, return_softmax_lse=False, sinks=None,
-        score_mod=None, aux_tensors=None, ver=3, out=None,
-    ):  # fmt: skip
-        calls.append(dict(locals()))
-        return q if qv is None else qv
-
-    return flash_attn_with_kvcache
 
 
 def _sglangs_own(**_: Any) -> torch.Tensor:

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import builtins
-from collections.abc import Iterator
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
+
+import torch
+
+from bench.wheel_recordings import Recordings
 
 
 class Anything:
@@ -51,3 +59,34 @@ class Given(SimpleNamespace):
         if name.startswith("__"):
             raise AttributeError(name)
         return Anything()
+
+
+def run_source(source: str, module: str, keep: Callable[[ast.stmt], bool] | None = None, **known: Any) -> Names:
+    """What a module's functions and classes, or the statements to `keep`, define, with these names `known`.
+
+    Class bodies look up known names alone. `sys.modules` must have something of the module's name, for dataclasses.
+    """
+    tree = ast.parse(source)
+    chosen = keep or (lambda node: isinstance(node, ast.FunctionDef | ast.ClassDef))
+    tree.body = [node for node in tree.body if chosen(node)]
+    names = Names(
+        torch=torch, copy=copy, functools=functools, dataclass=dataclasses.dataclass, ClassVar=ClassVar,
+        __name__=module, __builtins__=builtins, **known,
+    )  # fmt: skip
+    exec(compile("from __future__ import annotations\n" + ast.unparse(tree), module, "exec"), names)
+    return names
+
+
+def recorded_forward(build: str, calls: list[dict[str, Any]]) -> Any:
+    """A forward with the parameters of this build's, which notes what it was called with, by name."""
+    recorded = Recordings.load()
+    package, version = build.rsplit("-", 1)
+    text = recorded.texts[recorded.wheels[package][version]["forward_signature"] or ""]
+    space: dict[str, Any] = {"calls": calls, "out_of": _out_of, "DEFAULT_FA_VERSION": 3}
+    exec(f"def forward({text}):\n    calls.append(dict(locals()))\n    return out_of(calls[-1])", space)
+    return space["forward"]
+
+
+def _out_of(call: dict[str, Any]) -> Any:
+    """Something with the shape of the output."""
+    return next(call[name] for name in ("out", "qv", "q") if call.get(name) is not None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import builtins
 import copy
 import dataclasses
 import functools
@@ -21,7 +20,7 @@ from fa3_metadata.engines import vllm as adapter
 from fa3_metadata.engines.vllm_groups import BUILD_ALL, RUNNER
 from fa3_metadata.engines.vllm_names import GQA, GQA_BUILDER, MLA, MLA_BUILDER, NAME
 
-from .stand_ins import Anything, Given, Names
+from .stand_ins import Anything, Given, run_source
 from .vllm_stand_in import check, expected
 
 _CLASSES = ("FlashAttentionMetadata", "FlashAttentionImpl", "FlashAttentionBackend", GQA_BUILDER)
@@ -119,15 +118,10 @@ def check_builders(module: types.ModuleType, has_cascade: bool) -> None:
 
 def check_groups(runner: str, module: types.ModuleType, built_together: Callable[..., Any]) -> None:
     """What the `build_attn_metadata` in the source `runner` makes for groups of layers with builders of `module`."""
-    functions = [
-        node for node in ast.parse(runner).body if isinstance(node, ast.FunctionDef) and node.name == BUILD_ALL
-    ]
-    names: dict[str, Any] = {
-        "CommonAttentionMetadata": lambda **given: SimpleNamespace(**(vars(batch([1])) | given)),
-        "MambaSpec": _Base, "torch": torch,
-    }  # fmt: skip
-    source = "from __future__ import annotations\n" + "\n".join(map(ast.unparse, functions))
-    exec(compile(source, RUNNER, "exec"), names)
+    names = run_source(
+        runner, RUNNER, lambda node: isinstance(node, ast.FunctionDef) and node.name == BUILD_ALL, MambaSpec=_Base,
+        CommonAttentionMetadata=lambda **given: SimpleNamespace(**(vars(batch([1])) | given)),
+    )  # fmt: skip
     build_all = built_together(names[BUILD_ALL])
     kinds = (WINDOW, FULL, WINDOW, FULL, WINDOW)
     for graphs in (False, True):
@@ -162,8 +156,6 @@ def check_groups(runner: str, module: types.ModuleType, built_together: Callable
 
 def load_mla(source: str) -> types.ModuleType:
     """The module of the MLA backend, under its own name in `sys.modules`: its builder alone."""
-    tree = ast.parse(source)
-    tree.body = [node for node in tree.body if isinstance(node, ast.ClassDef) and not node.name.startswith("XPU")]
 
     @dataclasses.dataclass
     class Common:
@@ -173,13 +165,12 @@ def load_mla(source: str) -> types.ModuleType:
 
     bases = ("MLACommonBackend", "MLACommonImpl", "MLACommonMetadata", "MLACommonMetadataBuilder")
     looked_up = ("AttentionCGSupport", "DeviceCapability", "MultipleOf", "QueryLenSupport")
-    names = Names(
-        torch=torch, dataclass=dataclasses.dataclass, ClassVar=typing.ClassVar, MLACommonDecodeMetadata=Common,
-        get_scheduler_metadata=adapter.get_scheduler_metadata, __name__=MLA, __builtins__=builtins,
+    module = sys.modules[MLA] = types.ModuleType(MLA)
+    names = run_source(
+        source, MLA, lambda node: isinstance(node, ast.ClassDef) and not node.name.startswith("XPU"),
+        MLACommonDecodeMetadata=Common, get_scheduler_metadata=adapter.get_scheduler_metadata,
         **{name: Anything() for name in (*bases, *looked_up)},
     )  # fmt: skip
-    module = sys.modules[MLA] = types.ModuleType(MLA)  # where dataclasses look for it
-    exec(compile("from __future__ import annotations\n" + ast.unparse(tree), MLA, "exec"), names)
     setattr(module, MLA_BUILDER, names[MLA_BUILDER])
     return module
 

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import ast
-import builtins
-import copy
-import dataclasses
-import functools
 import sys
 import types
-import typing
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +12,7 @@ import pytest
 import torch
 from fa3_metadata.engines.vllm_names import FORWARD, GQA
 
-from .stand_ins import Anything, Given, Names
+from .stand_ins import Anything, Given, recorded_forward, run_source
 
 HEADS, DIM, PAGE = (8, 1), 128, 16
 # What class bodies look up.
@@ -30,23 +25,22 @@ _CLASSES = (
 class WheelLayers:
     """Layers with these windows. `calls` are those of the forward, by name."""
 
-    def __init__(self, source: str, windows: tuple[tuple[int, int], ...], monkeypatch: pytest.MonkeyPatch) -> None:
-        tree = ast.parse(source)
-        tree.body = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef) or _is_kernel(node)]
+    def __init__(
+        self, source: str, build: str, windows: tuple[tuple[int, int], ...], monkeypatch: pytest.MonkeyPatch
+    ) -> None:  # fmt: skip
         self.calls: list[dict[str, Any]] = []
-        self.names = Names(
-            torch=torch, dataclass=dataclasses.dataclass, copy=copy, functools=functools, ClassVar=typing.ClassVar,
+        monkeypatch.setitem(sys.modules, GQA, types.ModuleType(GQA))
+        self.names = run_source(
+            source, GQA, lambda node: isinstance(node, ast.FunctionDef | ast.ClassDef) or _is_kernel(node),
             get_flash_attn_version=lambda *_, **__: 3, current_platform=Given(is_xpu=lambda: False),
-            __name__=GQA, __builtins__=builtins, **{name: Anything() for name in _CLASSES},
+            **{name: Anything() for name in _CLASSES},
         )  # fmt: skip
-        monkeypatch.setitem(sys.modules, GQA, types.ModuleType(GQA))  # where dataclasses look for it
-        exec(compile("from __future__ import annotations\n" + ast.unparse(tree), GQA, "exec"), self.names)
         self.names["AttentionType"] = SimpleNamespace(
             DECODER="decoder", ENCODER="encoder", ENCODER_ONLY="encoder_only", ENCODER_DECODER="encoder_decoder"
         )
         self.names["canonicalize_singleton_dim_strides"] = lambda tensor: tensor
         self.names["is_quantized_kv_cache"] = lambda *_: False
-        self.names[FORWARD] = _forward_for(self.calls)
+        self.names[FORWARD] = recorded_forward(build, self.calls)
         impl = self.names["FlashAttentionImpl"]
         impl.__getattr__ = Given.__getattr__
         page = (HEADS[1], PAGE, 2 * DIM)  # keys and values of a head side by side, or apart, within a page or without
@@ -86,17 +80,3 @@ def _is_kernel(node: ast.stmt) -> bool:
     return (
         isinstance(node, ast.Assign) and isinstance(node.value, ast.Call) and "Kernel" in ast.unparse(node.value.func)
     )
-
-
-def _forward_for(calls: list[dict[str, Any]]) -> Any:
-    def flash_attn_varlen_func(
-        q, k, v, max_seqlen_q, cu_seqlens_q, max_seqlen_k, cu_seqlens_k=None, seqused_k=None, q_v=None, dropout_p=0.0,
-        softmax_scale=None, causal=False, window_size=None, softcap=0.0, alibi_slopes=None, deterministic=False,
-        return_attn_probs=False, block_table=None, return_softmax_lse=False, out=None, scheduler_metadata=None,
-        q_descale=None, k_descale=None, v_descale=None, num_splits=0, fa_version=2, s_aux=None, cp_world_size=1,
-        cp_rank=0, cp_tot_seqused_k=None, dynamic_causal=None, mask_mod=None, aux_tensors=None,
-    ):  # fmt: skip
-        calls.append(dict(locals()))
-        return out
-
-    return flash_attn_varlen_func

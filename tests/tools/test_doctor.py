@@ -16,7 +16,7 @@ from fa3_metadata.tools import cli, doctor
 
 from ..conftest import HAS_GPU
 from ..engines.test_plugins import site, taken
-from ..helpers.published import published_wheel, why_no_wheel
+from ..helpers.published import wheel_or_skip
 
 status_module = sys.modules["fa3_metadata.status"]  # the function of that name hides it
 
@@ -97,8 +97,7 @@ def test_gpu_facts_in_words() -> None:
 )
 def test_a_published_sglang(tmp_path: pathlib.Path, version: str, plugin: str) -> None:
     """Its source is read where it is installed; nothing of it is imported."""
-    if (wheel := published_wheel("sglang", version)) is None:
-        pytest.skip(why_no_wheel("sglang", version))
+    wheel = wheel_or_skip("sglang", version)
     files = taken(wheel, "sglang/srt/layers/attention/") | {"sglang/__init__.py": "raise ImportError\n"}
     files[f"sglang-{version}.dist-info/METADATA"] = f"Metadata-Version: 2.1\nName: sglang\nVersion: {version}\n"
     folder = site(tmp_path, files)
