@@ -1012,8 +1012,8 @@ ENGINES = (
     Mutation(
         "vllm-tells-its-own",
         "integration/engines/vllm.py",
-        "policy=policy, forward_is_told=False,",
-        "policy=policy, forward_is_told=True,",
+        "policy=policy, forward_is_told=False",
+        "policy=policy, forward_is_told=True",
         "vLLM tells the forward its own number of splits: ours would be out of bounds",
         ("tests/builds/test_bounds.py::test_vllms_builder_stays_within_its_forwards_bound",),
     ),
